@@ -1,0 +1,132 @@
+"""Image and pixel metrics of anomaly detection: AUROC, AP, F1-max, AUPRO. Arrays in, numbers out.
+
+Exact, in NumPy alone, and fast: a category of a hundred 224x224 maps takes a fraction of a second, because the values
+of each class are sorted (not their indices) and everything else is read off the two sorted arrays.
+An undefined metric is NaN; an AUROC below 0.5 is returned as it is. Copy this file into your project and it works.
+"""
+
+import numpy as np
+
+NAMES = ("image_auroc", "image_ap", "image_f1max", "pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")
+
+
+def split(scores, labels):
+    """-> the scores of the normal and of the defective, each sorted. scores: any shape; labels: the same, 0 or 1.
+
+    Raises ValueError when the shapes differ or a score is not finite.
+    """
+    scores, labels = np.asarray(scores).ravel(), np.asarray(labels).ravel().astype(bool)
+    if scores.shape != labels.shape:
+        raise ValueError(f"{scores.size} scores for {labels.size} labels")
+    classes = np.sort(scores[~labels]), np.sort(scores[labels])
+    if not all(np.isfinite(c[[0, -1]]).all() for c in classes if len(c)):  # NaN and infinity are sorted to the ends
+        raise ValueError("a score is not finite")
+    return classes
+
+
+def auroc(normal, defective):
+    """P(a defective score > a normal one) + P(equal) / 2, from the two sorted arrays; NaN where one is empty."""
+    if not len(normal) or not len(defective):
+        return float("nan")
+    below = np.searchsorted(normal, defective, "left").sum(dtype=np.int64)  # pairs that are ranked right
+    not_above = np.searchsorted(normal, defective, "right").sum(dtype=np.int64)  # those and the ties
+    return float((below + not_above) / 2 / len(normal) / len(defective))
+
+
+def ap_f1max(normal, defective):
+    """-> (average precision, best F1) over all distinct thresholds, from the two sorted arrays; NaN without defects.
+
+    AP = sum_k (R_k - R_(k-1)) P_k, no interpolation. Only thresholds that equal a defective score matter: at any other
+    one recall stays and precision falls.
+    """
+    if not len(defective):
+        return float("nan"), float("nan")
+    first = np.flatnonzero(np.diff(defective, prepend=-np.inf))  # where each distinct score begins
+    thresholds = defective[first]
+    true = len(defective) - first  # defective scores >= threshold
+    false = len(normal) - np.searchsorted(normal, thresholds, "left")
+    precision = true / (true + false)
+    gained = -np.diff(true, append=0)  # defective scores == threshold: the step in recall
+    f1 = 2 * true / (true + false + len(defective))
+    return float((gained * precision).sum() / len(defective)), float(f1.max())
+
+
+def regions(mask):
+    """8-connected regions, numbered 1, 2, …, of a boolean stack (N,H,W) -> (labels (N,H,W) int32, number of regions).
+
+    Works on the horizontal runs of each row: two runs of neighbouring rows touch when their spans, widened by one,
+    overlap. Union-find over runs costs as much as the outline of the regions, not their area.
+    """
+    n, h, w = mask.shape
+    padded = np.zeros((n * h, w + 2), np.int8)
+    padded[:, 1:-1] = mask.reshape(n * h, w)
+    edges = np.diff(padded, axis=1)
+    row, start = np.nonzero(edges == 1)
+    stop = np.nonzero(edges == -1)[1]  # exclusive; in the same order, since runs of a row alternate
+    # One number line for all rows: a row's runs are found in the row below by a search for their shifted span.
+    pitch = w + 2
+    above = row % h != h - 1  # the last row of an image has none below
+    low = np.searchsorted(row * pitch + stop, (row + 1) * pitch + start, "left")  # first run below with stop >= start
+    high = np.searchsorted(row * pitch + start, (row + 1) * pitch + stop, "right")  # past the last with start <= stop
+    parent = list(range(len(row)))
+
+    def find(i):
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    for i in np.nonzero(above & (low < high))[0]:
+        for j in range(low[i], high[i]):
+            a, b = find(i), find(j)
+            parent[max(a, b)] = min(a, b)
+    roots, number = np.unique([find(i) for i in range(len(row))], return_inverse=True)
+    # Paint the runs: +label where one starts, -label where it stops, then sum along the row.
+    paint = np.zeros((n * h, w + 1), np.int32)
+    paint[row, start] = number + 1
+    paint[row, stop] -= (number + 1).astype(np.int32)
+    return paint.cumsum(1, dtype=np.int32)[:, :w].reshape(n, h, w), len(roots)
+
+
+def aupro(maps, masks, normal=None, limit=0.3):
+    """Area under the per-region overlap against the false positive rate up to `limit`, divided by it; in [0,1].
+
+    maps, masks: (N,H,W), scores and booleans. normal: the sorted scores of all normal pixels, if at hand.
+    Overlap is the mean over 8-connected regions of the share covered, so it is a weighted mean over region pixels,
+    and the area can be integrated pixel by pixel in closed form, without a single threshold. With f0 the share of
+    normal pixels that score above a region pixel and f1 the share that score at least as much, the pixel is covered
+    from f1 on and, between f0 and f1, in proportion: its area up to the limit is L - (f0 + f1)/2 if f1 <= L,
+    (L - f0)^2 / (2 (f1 - f0)) if f0 < L < f1, else 0. NaN without regions or normal pixels.
+    """
+    masks = np.asarray(masks, bool)
+    normal = split(maps, masks)[0] if normal is None else normal
+    if not len(normal) or not masks.any():
+        return float("nan")
+    labels, count = regions(masks)
+    labels, scores = labels[masks] - 1, np.asarray(maps)[masks]
+    order = np.argsort(scores)  # ascending queries make the two searches several times faster
+    labels, scores = labels[order], scores[order]
+    f0 = 1 - np.searchsorted(normal, scores, "right") / len(normal)
+    f1 = 1 - np.searchsorted(normal, scores, "left") / len(normal)
+    tied = np.maximum(f1 - f0, 1e-30)
+    area = np.where(f1 <= limit, limit - (f0 + f1) / 2, np.maximum(limit - f0, 0) ** 2 / (2 * tied))
+    weight = 1 / np.bincount(labels, minlength=count)[labels] / count
+    return float((area * weight).sum() / limit)
+
+
+def evaluate(scores, labels, maps=None, masks=None):
+    """The seven metrics of one category as a dict by NAMES; those that are undefined are NaN.
+
+    scores: (N,) image scores; labels: (N,) 1 = defective; maps: (M,H,W) anomaly maps and masks: (M,H,W) of the images
+    that have a ground truth (normal images: an empty mask), or none of either. Raises ValueError (see split).
+    """
+    normal, defective = split(scores, labels)
+    values = [auroc(normal, defective), *ap_f1max(normal, defective)]
+    if len(normal) == 0:
+        values[1:] = [float("nan")] * 2  # without a normal image every ranking is perfect: say nothing
+    if maps is None or not np.any(masks):
+        values += [float("nan")] * 4
+    else:
+        normal, defective = split(maps, masks)
+        values += [auroc(normal, defective), *ap_f1max(normal, defective), aupro(maps, masks, normal)]
+    return dict(zip(NAMES, values))
