@@ -12,8 +12,8 @@ Needs torch and torchvision alone; copy this file into your project and it works
 
 import importlib.util
 import math
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -105,6 +105,8 @@ STAGES = {  # where each feature level ends in torchvision's own sequence of chi
     **{name: (2, 3, 4, 6) for name in LITE},
     "resnet18": (5, 6, 7),  # strides 4, 8, 16: layer1, layer2, layer3
     "wide_resnet50_2": (5, 6, 7),
+    "vgg11_bn": (4, 8, 15, 22),  # strides 2, 4, 8, 16: after each pooling
+    "vgg16": (5, 10, 17, 24),
 }
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -520,6 +522,557 @@ class UniAD(FeatureMethod):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# RLR
+
+
+def window_of(grid):
+    """Side of the local window: the paper's 5 at 16x16, 7 at 32x32, 11 at 64x64, and the odd number in line for others."""
+    return 2 * round((grid / 8 + 2) / 2) + 1
+
+
+def sine_position(grid, width):
+    """Fixed 2-D sine and cosine position, (L,C): half of the channels for the row, half for the column."""
+    frequency = 10000 ** (-torch.arange(0, width // 2, 2) / (width // 2))
+    angle = torch.arange(grid)[:, None] * frequency
+    side = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)  # (H,C/2)
+    return torch.cat([side[:, None].expand(-1, grid, -1), side[None].expand(grid, -1, -1)], -1).flatten(0, 1)
+
+
+class ReferenceLayer(nn.Module):
+    """a = local cross attention to the reference, b = masked learnable-key attention; y = LN(2a + b), LN(y + FFN(y)).
+
+    There is no residual from x: what the input gives is only the queries and, from outside its window, values.
+    """
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.local, self.learnable_key = Attention(width, heads), Attention(width, heads)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x, reference, only_near, only_far):
+        a = self.local(x, reference, reference, only_near)
+        b = self.learnable_key(x, reference, x, only_far)
+        y = self.norm1(2 * a + b)
+        return self.norm2(y + self.ffn(y))
+
+
+class ReferenceNet(nn.Module):
+    """RLR's network of one level: (B,L,C) feature tokens -> (B,L,C)."""
+
+    def __init__(self, channels, grid, width, heads=8, layers=4):
+        super().__init__()
+        self.reference = nn.Parameter(torch.randn(1, grid**2, channels))  # lives in feature space
+        self.project_x, self.project_reference = nn.Linear(channels, width), nn.Linear(channels, width)
+        self.layers = nn.ModuleList(ReferenceLayer(width, heads) for _ in range(layers))
+        self.norm, self.project_out = nn.LayerNorm(width), nn.Linear(width, channels)
+        far = neighbour_mask(grid, window_of(grid))  # -inf inside the window
+        self.register_buffer("only_far", far, persistent=False)
+        self.register_buffer("only_near", torch.zeros_like(far).masked_fill_(far == 0, -torch.inf), persistent=False)
+        self.register_buffer("position", sine_position(grid, width), persistent=False)
+        for linear in (self.project_x, self.project_reference):
+            nn.init.kaiming_normal_(linear.weight)
+
+    def forward(self, f):
+        x = self.project_x(f) + self.position
+        reference = self.project_reference(self.reference) + self.position
+        for layer in self.layers:
+            x = layer(x, reference, self.only_near, self.only_far)
+        return self.project_out(self.norm(x))
+
+
+class RLR(Method):
+    """Reconstructs from a learnable reference: a bank of normal features, one a position, that every layer consults.
+
+    The input may ask the reference about its own surroundings (local cross attention) and may pass on its own content
+    only to places far away (masked learnable-key attention), so nothing carries a defect to its own reconstruction.
+    Each level has its own network. Loss: mean squared error + mean(1 - cos). Map: mean_c (f^ - f)^2 + 1 - cos,
+    averaged over levels, smoothed with sigma = 4; image score: its maximum, for image and pixel metrics the same map.
+
+    Paper: He et al., ECCV 2024, section 3. EfficientNet-B6 at 256x256, strides 8 and 16: 21,514,512 trainable
+    parameters. Its code steps one shared optimiser once per level; here the levels' losses are summed, one step.
+    Ours in the default recipe: standardised features and a one-cycle schedule.
+    """
+
+    recipe = Recipe(size=256, epochs=20, batch_size=4, lr=2e-4, clip=1.0, options={"alpha": 4.0}, demo={"epochs": 2})
+    paper_recipe = Recipe(
+        size=256, epochs=200, batch_size=4, lr=1e-4, weight_decay=0.0, optimiser="adam", schedule="constant",
+        options={"alpha": 4.0, "standardise": False},
+    )  # fmt: skip
+    WIDTHS = {4: 128, 8: 256, 16: 512}  # network width at each stride
+
+    def __init__(
+        self, *, backbone="efficientnet_b6", weights="default", size=256, strides=(8, 16), alpha=4.0, jitter=True,
+        standardise=True, lamp=False,
+    ):  # fmt: skip
+        super().__init__()
+        known = {2 ** (i + 5 - len(STAGES[backbone])): i for i in range(len(STAGES[backbone]))} if backbone in STAGES else {}
+        self.backbone = Backbone(backbone, weights, [known[s] for s in strides] if known else None)
+        self.size, self.alpha, self.standardise, self.lamp = size, alpha if jitter else 0.0, standardise, lamp
+        self.grids, channels = [size // s for s in strides], self.backbone.channels
+        self.nets = nn.ModuleList(ReferenceNet(c, g, self.WIDTHS[s]) for c, g, s in zip(channels, self.grids, strides))
+        for i, c in enumerate(channels):
+            self.register_buffer(f"frozen_mean{i}", torch.zeros(c))
+            self.register_buffer(f"frozen_std{i}", torch.ones(c))
+
+    def tokens(self, images):
+        """(B,3,S,S) -> list of (B,L,C), one a level; the 3x3 average steadies single features (paper, section 4.1)."""
+        return [F.avg_pool2d(f, 3, 1, 1).flatten(2).transpose(1, 2) for f in self.backbone(images)]
+
+    def calibrate(self, images):
+        if self.standardise:
+            for i, level in enumerate(zip(*(self.tokens(chunk) for chunk in images.split(16)))):
+                sample = torch.cat(level).flatten(0, 1)
+                setattr(self, f"frozen_mean{i}", sample.mean(0))
+                setattr(self, f"frozen_std{i}", sample.std(0) + 1e-6)
+
+    def prepare(self, images):
+        levels = enumerate(self.tokens(images))
+        return tuple((f - getattr(self, f"frozen_mean{i}")) / getattr(self, f"frozen_std{i}") for i, f in levels)
+
+    def prepared_by(self):
+        return f"{self.grids}"
+
+    def loss(self, batch, stage):
+        total = 0.0
+        for f, net in zip(batch, self.nets):
+            restored = net(add_jitter(f, self.alpha) if self.alpha else f).float()
+            cosine = (1 - F.cosine_similarity(restored, f, dim=-1)) / 2  # in [0,1], which LAMP needs
+            total = total + F.mse_loss(restored, f) + 2 * (lamp(cosine) if self.lamp else cosine).mean()
+        return total
+
+    def reconstruction(self, batch):
+        pairs = [(f, net(f).float()) for f, net in zip(batch, self.nets)]
+        return [tuple(x.transpose(1, 2).unflatten(2, (g, g)) for x in pair) for pair, g in zip(pairs, self.grids)]
+
+    def anomaly_map(self, batch):
+        total = 0.0
+        for f, restored in self.reconstruction(batch):  # (B,C,H,W)
+            error = (restored - f).square().mean(1) + 1 - F.cosine_similarity(restored, f, dim=1)
+            total = total + F.interpolate(error[:, None], (self.size, self.size), mode="bilinear")
+        return gaussian_blur(total / len(self.nets), 4.0, 16).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image reconstruction: the U-Net and its three losses
+
+
+class UNet(nn.Module):
+    """(B,3,S,S) -> (B,3,S,S) in [0,1]; S a multiple of 8. 9.34 M parameters at width 64.
+
+    skips: hand the encoder's features over to the decoder. That is also the way on which an image copies itself.
+    """
+
+    def __init__(self, width=64, skips=True):
+        super().__init__()
+        self.skips, widths = skips, [width, 2 * width, 4 * width]
+
+        def block(inp, out, stride=1):
+            return nn.Sequential(nn.Conv2d(inp, out, 3, stride, 1), nn.BatchNorm2d(out), nn.LeakyReLU(0.2))
+
+        def two(inp, out):
+            return nn.Sequential(block(inp, out), block(out, out))
+
+        self.encoder = nn.ModuleList(two(i, o) for i, o in zip([3, *widths], widths))
+        self.down = nn.ModuleList(block(w, w, 2) for w in widths)
+        self.bottleneck = two(4 * width, 8 * width)
+        self.up = nn.ModuleList(block(2 * w, w) for w in widths)
+        self.decoder = nn.ModuleList(two(2 * w if skips else w, w) for w in widths)
+        self.out = nn.Conv2d(width, 3, 1)
+        nn.init.constant_(self.out.bias, 0.5)  # starts mid-grey: outside [0,1] the clamp lets no gradient through
+
+    def forward(self, x, gates=None):
+        """gates: per skip, shallow first, a function that attenuates it, or none at all (FADeR)."""
+        skips = []
+        for encoder, down in zip(self.encoder, self.down):
+            skips.append(encoder(x))
+            x = down(skips[-1])
+        x = self.bottleneck(x)
+        for i in reversed(range(len(skips))):
+            x = self.up[i](F.interpolate(x, scale_factor=2))
+            if self.skips:
+                skip = skips[i] if gates is None or gates[i] is None else gates[i](skips[i])
+                x = torch.cat([x, skip], 1)
+            x = self.decoder[i](x)
+        return self.out(x).float().clamp(0, 1)
+
+
+def gms(a, b):
+    """1 - gradient magnitude similarity of images (B,C,H,W) in [0,1], per pixel and channel, in [0,1).
+
+    Prewitt gradients; (2 g h + c) / (g^2 + h^2 + c) with c = 0.0026 (Xue et al., 2014, as RIAD and EAR use it).
+    """
+
+    def gradient(x):
+        x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+        across, down = x[..., 2:] - x[..., :-2], x[..., 2:, :] - x[..., :-2, :]
+        across = across[..., :-2, :] + across[..., 1:-1, :] + across[..., 2:, :]
+        down = down[..., :-2] + down[..., 1:-1] + down[..., 2:]
+        return ((across.square() + down.square()) / 9 + 1e-12).sqrt()
+
+    g, h = gradient(a), gradient(b)
+    return 1 - (2 * g * h + 0.0026) / (g.square() + h.square() + 0.0026)
+
+
+def multi_scale_gms(a, b, scales=3):
+    """Mean of `gms` over scales (2x2 average pooling between them), each brought back to full size: (B,C,H,W)."""
+    total, size = 0.0, a.shape[-2:]
+    for scale in range(scales):
+        total = total + F.interpolate(gms(a, b), size, mode="bilinear")
+        if scale < scales - 1:
+            a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return total / scales
+
+
+def dissimilarity(a, b):
+    """(1 - SSIM) / 2 per pixel and channel, in [0,1]: 11x11 Gaussian window, sigma 1.5 (Wang et al., 2004)."""
+    blur = partial(gaussian_blur, sigma=1.5, reach=5)
+    mean_a, mean_b, aa, bb, ab = blur(torch.cat([a, b, a * a, b * b, a * b], 1)).chunk(5, 1)
+    covariance, variances = ab - mean_a * mean_b, aa + bb - mean_a**2 - mean_b**2
+    c1, c2 = 0.01**2, 0.03**2
+    ssim = (2 * mean_a * mean_b + c1) * (2 * covariance + c2) / ((mean_a**2 + mean_b**2 + c1) * (variances + c2))
+    return ((1 - ssim) / 2).clamp(0, 1)
+
+
+@lru_cache(maxsize=32)
+def gaussian_matrix(cells, size, sigma, reach, device):
+    """(cells, size): row i holds a Gaussian's weights around the centre of cell i of `size` pixels, borders reflected.
+
+    A @ x @ A.T smooths an image along both axes; with fewer cells than pixels it samples at the cells' centres too. On
+    images a side of a few hundred pixels this is faster than convolutions of one channel, forward and backward.
+    """
+    reach = min(reach, size - 1)
+    centre = (torch.arange(cells) + 0.5) * size / cells - 0.5
+    place = torch.arange(-reach - 1, size + reach + 1)
+    distance = (place - centre[:, None]).abs()
+    weight = torch.exp(-(distance**2) / (2 * sigma**2)) * (distance <= reach + 0.5)
+    inside = place.abs()
+    inside = torch.where(inside > size - 1, 2 * (size - 1) - inside, inside).abs()
+    return torch.zeros(cells, size).index_add_(1, inside, weight / weight.sum(1, keepdim=True)).to(device)
+
+
+def gaussian_blur(x, sigma, reach):
+    """Gaussian smoothing of square (...,S,S), cut off after `reach` pixels (a kernel of 2 reach + 1)."""
+    matrix = gaussian_matrix(x.shape[-1], x.shape[-1], sigma, reach, x.device)
+    return matrix @ x @ matrix.T
+
+
+def lamp(error):
+    """LAMP, loss amplification (Park et al., ICASSP 2024): -ln(1 - e) in place of an error e in [0,1).
+
+    Element-wise, before the mean (the paper does not say; after the mean it is nearly the identity). Its slope grows
+    from 1 at e = 0 to infinity at e = 1, so large errors weigh more; training only, the score keeps the plain error.
+    Clamped at 1 - 1e-4, where float32 can still tell 1 - e from 0. An unbounded error (MSE on features) cannot use it.
+    """
+    return -torch.log1p(-error.clamp(max=1 - 1e-4))
+
+
+class ImageMethod(Method):
+    """Reconstructs the image itself with a U-Net; loss L2 + SSIM + multi-scale GMS, weights 1 (RIAD, EAR).
+
+    Map: 1 - GMS averaged over scales and channels, no smoothing; image score: its maximum.
+    With lamp, each of the three errors, all in [0,1), becomes -ln(1 - e): (1 - SSIM)/2 stands for 1 - SSIM then.
+    """
+
+    recipe = Recipe(size=256, epochs=100, batch_size=8, lr=1e-3, demo={"size": 128, "width": 16, "epochs": 15})
+    skips = True
+
+    def __init__(self, *, size=256, width=64, lamp=False):
+        super().__init__()
+        self.size, self.lamp = size, lamp
+        self.unet = UNet(width, self.skips).to(memory_format=torch.channels_last)  # the faster layout everywhere
+
+    def restore(self, batch):
+        """Prepared batch -> reconstruction (B,3,S,S). The first part is the network's input, the last the image."""
+        return self.unet(batch[0])
+
+    def loss(self, batch, stage):
+        return self.image_loss(self.restore(batch), batch[-1])
+
+    def image_loss(self, restored, image):
+        with torch.autocast(image.device.type, enabled=False):
+            errors = (restored - image).square(), dissimilarity(restored, image), multi_scale_gms(restored, image)
+            squared, structure, edges = ((lamp(e) if self.lamp else e).mean() for e in errors)
+        return squared + 2 * structure + edges
+
+    def reconstruction(self, batch):
+        return [(batch[-1], self.restore(batch))]
+
+    def anomaly_map(self, batch):
+        return multi_scale_gms(self.restore(batch), batch[-1]).mean(1)
+
+
+class AutoEncoder(ImageMethod):
+    """The U-Net without its skips: all passes the bottleneck, which is the plain autoencoder (LAMP's own setting)."""
+
+    skips = False
+
+
+class PlainUNet(ImageMethod):
+    """The U-Net with skips and nothing masked. It copies: the first skip alone carries the whole image."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EAR: one deterministic mask, and a hint of what was there
+
+
+def mosaic(images, m):
+    """The images in blocks of m x m pixels, (B,3,S,S): each block shows a Gaussian mean, sigma = (m - 1)/2, around its
+    centre (measured from the paper's figures; a plain block mean is off by several grey levels). S/m is rounded.
+    """
+    if m <= 1:
+        return images
+    size = images.shape[-1]
+    matrix = gaussian_matrix(max(1, round(size / m)), size, (m - 1) / 2, round(2 * m), images.device)
+    return F.interpolate(matrix @ images @ matrix.T, (size, size))  # nearest
+
+
+def spectral_residual(images):
+    """Saliency (B,S,S) >= 0 without a network: what the spectrum has beyond its own local mean (Hou & Zhang, CVPR 2007).
+
+    At 64x64 as there: log-amplitude minus its 3x3 mean, phase kept, back, squared, smoothed.
+    """
+    grey = F.interpolate(images.mean(1, keepdim=True), (64, 64), mode="bilinear", antialias=True)
+    spectrum = torch.fft.fft2(grey.squeeze(1))
+    amplitude = spectrum.abs().add(1e-8).log()[:, None]
+    residual = amplitude - F.avg_pool2d(F.pad(amplitude, (1, 1, 1, 1), mode="circular"), 3, 1)
+    saliency = torch.fft.ifft2(torch.polar(residual.squeeze(1).exp(), spectrum.angle())).abs().square()
+    saliency = gaussian_blur(saliency[:, None], 2.5, 7)
+    return F.interpolate(saliency, images.shape[-2:], mode="bilinear").squeeze(1)
+
+
+class DinoSaliency(nn.Module):
+    """Attention of DINO ViT-S/8's CLS token to the patches, last block, mean of heads: (B,3,S,S) -> (B,S,S).
+
+    The network is torchvision's VisionTransformer under DINO's weights (Caron et al., ICCV 2021), keys renamed.
+    """
+
+    FILE = "dino_deitsmall8_pretrain.pth"
+    URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/" + FILE
+
+    def __init__(self, weights="default", size=256):
+        super().__init__()
+        self.vit = tv.VisionTransformer(
+            image_size=size, patch_size=8, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536, num_classes=0,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )  # fmt: skip
+        self.vit.heads = nn.Identity()
+        if weights == "default":
+            try:
+                state = torch.hub.load_state_dict_from_url(self.URL, map_location="cpu", weights_only=True)
+            except OSError as error:
+                raise WeightsError(
+                    f"Could not download {self.FILE} ({error}): put that file into {torch.hub.get_dir()}/checkpoints, "
+                    f"or name it with --weights FILE, or use --saliency spectral, which needs no weights."
+                ) from None
+            self.load(state, "the download")
+        elif weights != "none":
+            self.load(load_weights(weights), weights)
+        self.register_buffer("mean", torch.tensor(IMAGENET[0]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET[1]).view(3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    def load(self, state, source):
+        """DINO's state dict under torchvision's names; its position grid (28x28) is resized to this input's."""
+        names = (
+            ("cls_token", "class_token"), ("pos_embed", "encoder.pos_embedding"), ("patch_embed.proj", "conv_proj"),
+            ("blocks.", "encoder.layers.encoder_layer_"), ("norm1", "ln_1"), ("norm2", "ln_2"),
+            ("attn.qkv.", "self_attention.in_proj_"), ("attn.proj", "self_attention.out_proj"),
+            ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3"),
+        )  # fmt: skip
+        renamed = {}
+        for key, value in state.items():
+            for old, new in names:
+                key = key.replace(old, new)
+            renamed["encoder.ln" + key[4:] if key.startswith("norm.") else key] = value
+        try:
+            cls, grid = renamed["encoder.pos_embedding"].split([1, renamed["encoder.pos_embedding"].shape[1] - 1], 1)
+            side, wanted = math.isqrt(grid.shape[1]), self.vit.image_size // 8
+            grid = grid.transpose(1, 2).unflatten(2, (side, side))
+            grid = F.interpolate(grid, (wanted, wanted), mode="bicubic").flatten(2).transpose(1, 2)
+            renamed["encoder.pos_embedding"] = torch.cat([cls, grid], 1)
+            self.vit.load_state_dict(renamed, strict=True)
+        except (KeyError, RuntimeError, ValueError):
+            raise WeightsError(f"{source} does not hold DINO ViT-S/8: the file wanted is {self.FILE}.") from None
+
+    def train(self, mode=True):
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images):
+        size = images.shape[-1]
+        x = self.vit.conv_proj((images - self.mean) / self.std).flatten(2).transpose(1, 2)
+        x = torch.cat([self.vit.class_token.expand(len(x), -1, -1), x], 1) + self.vit.encoder.pos_embedding
+        *layers, last = self.vit.encoder.layers
+        for layer in layers:
+            x = layer(x)
+        x = last.ln_1(x)
+        _, attention = last.self_attention(x, x, x, average_attn_weights=True)  # (B,1+L,1+L)
+        grid = attention[:, 0, 1:].unflatten(1, (size // 8, size // 8))
+        return F.interpolate(grid[:, None], (size, size), mode="bilinear").squeeze(1)
+
+
+def suspicious(saliency, kind):
+    """Binary mask (B,1,S,S) of the salient pixels. Our reading, the paper names no rule: min-max scaled attention > 0.22
+    gives its printed masks to 99.75 %; the spectral residual has another histogram, so mean + 2/3 std there."""
+    flat = saliency.flatten(1)
+    low, high = flat.amin(1), flat.amax(1)
+    threshold = low + 0.22 * (high - low) if kind == "dino" else flat.mean(1) + 2 / 3 * flat.std(1)
+    return (saliency > threshold[:, None, None]).float()[:, None]
+
+
+class EAR(ImageMethod):
+    """Excision And Recovery: cut out what a pre-trained attention finds salient, hint at it by a mosaic, inpaint.
+
+        I' = I (1 - S) + mosaic(I) S,   I^ = U-Net(I')
+
+    The U-Net cannot copy what it does not see, the mosaic tells it what was there without the detail of a defect, and
+    S is the same for an image every time: one forward pass, and I' is computed once. Park et al., Scientific Reports
+    14:18872, 2024. Model and heads behind S are our reading (DINO ViT-S/8, mean of heads), the rule for S as well.
+    mosaic: block side m in pixels at 256x256, or "auto" (see `calibrate`). masking: "saliency" (EAR's), "mosaic" (the
+    whole image as its mosaic) or "none".
+    """
+
+    MOSAICS = (64, 32, 16, 8, 4, 2)
+
+    recipe = replace(ImageMethod.recipe, demo={**ImageMethod.recipe.demo, "saliency": "spectral"})
+
+    def __init__(self, *, saliency="dino", masking="saliency", mosaic="auto", weights="default", **kwargs):
+        super().__init__(**kwargs)
+        self.saliency, self.masking, self.mosaic = saliency, masking, mosaic
+        if masking == "saliency" and saliency == "dino":
+            self.backbone = DinoSaliency(weights, self.size)
+        self.register_buffer("frozen_mosaic", torch.tensor(0 if mosaic == "auto" else int(mosaic)))
+
+    def calibrate(self, images):
+        """mosaic="auto" (the paper predicts m from normal data, by a rule it does not print; this one is ours).
+
+        A coarse mosaic hides more of a defect, but also more of what varies from one normal image to the next and so
+        cannot be restored by heart. Take the m with the best ratio: the share of a pasted disturbance that the mosaic
+        hides, over the deviation across normal images of what it takes away from them.
+        """
+        if self.mosaic != "auto":
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            disturbed, _ = disturb(images[:64])
+        ratios = {}
+        for m in self.MOSAICS:
+            blocks = partial(mosaic, m=m * self.size / 256)
+            shown = (blocks(disturbed) - blocks(images[:64])).norm() / (disturbed - images[:64]).norm()
+            ratios[m] = (1 - shown) / (images - blocks(images)).var(0).mean().sqrt()
+        self.frozen_mosaic.fill_(max(ratios, key=ratios.get))
+
+    def prepared_by(self):
+        return f"{self.masking} {self.saliency}"
+
+    def mask(self, images):
+        """(B,1,S,S): 1 where the image is hidden behind its mosaic. The place to change the masking."""
+        if self.masking != "saliency":
+            return torch.full_like(images[:, :1], float(self.masking == "mosaic"))
+        find = self.backbone if self.saliency == "dino" else spectral_residual
+        return suspicious(find(images), self.saliency)
+
+    def prepare(self, images):
+        s = self.mask(images)
+        return images * (1 - s) + mosaic(images, self.frozen_mosaic.item() * self.size / 256) * s, images
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FADeR
+
+
+def disturb(images):
+    """Pastes one random disturbance on each image: (B,3,S,S) -> (disturbed, where (B,1,S,S) in [0,1]).
+
+    An irregular blob (thresholded smooth noise in a random window, so dots, scratches and stains all come up) shows a
+    flat colour, another place of the batch, or shifted brightness. It stands for a defect of which only the position
+    is known; no real defect is used.
+    """
+    b, _, size, _ = images.shape
+    rand = partial(torch.rand, device=images.device)
+    noise = F.interpolate(rand(b, 1, 12, 12), (size, size), mode="bicubic")
+    centre, reach = rand(b, 2, 1, 1, 1) * size, (0.03 + 0.17 * rand(b, 2, 1, 1, 1) ** 2) * size  # thin to wide
+    y, x = torch.meshgrid(*[torch.arange(size, device=images.device)] * 2, indexing="ij")
+    inside = 1 - ((y - centre[:, 0]) / reach[:, 0]).square() - ((x - centre[:, 1]) / reach[:, 1]).square()
+    where = ((inside + noise - 0.5) * 8).clamp(0, 1)
+    moved = images.roll(1, 0).roll((size // 3, size // 5), (2, 3))
+    flat = rand(b, 3, 1, 1).expand_as(images)
+    bright = (images + (rand(b, 1, 1, 1) - 0.5)).clamp(0, 1)
+    kind = torch.randint(3, (b, 1, 1, 1), device=images.device)
+    content = torch.where(kind == 0, flat, torch.where(kind == 1, moved, bright))
+    strength = where * (0.5 + 0.5 * rand(b, 1, 1, 1))
+    return images + (content - images) * strength, where
+
+
+class Attenuator(nn.Module):
+    """F' = a * F with a = sigmoid(W2 act(W1 F + b1) + b2), a two-layer perceptron at every place of a skip (B,C,h,w)."""
+
+    def __init__(self, channels, per_channel=False):
+        super().__init__()
+        self.inner = nn.Conv2d(channels, max(8, channels // 2), 1)
+        self.outer = nn.Conv2d(self.inner.out_channels, channels if per_channel else 1, 1)
+        nn.init.constant_(self.outer.bias, 3.0)  # a = 0.95: it starts by keeping nearly everything
+
+    def logits(self, skip):
+        return self.outer(F.leaky_relu(self.inner(skip), 0.2))
+
+    def forward(self, skip):
+        return skip * self.logits(skip).sigmoid()
+
+
+class FADeR(EAR):
+    """Feature Attenuation of Defective Representation: where EAR's mask misses part of a defect, the skips carry it
+    over; a small perceptron on each skip learns to damp what leads to a wrong reconstruction.
+
+        F' = a * F,   a = sigmoid(W2 act(W1 F + b1) + b2) in (0,1),   target a = 1 - scaled reconstruction error
+
+    Stage 1 trains EAR (or loads it), stage 2 freezes it and trains the attenuators alone. Park et al.,
+    arXiv 2407.04597, 2024. The paper: two layers, soft masks on the skips, signals from patch-wise reconstruction
+    errors, no defect labels, any deterministic masking. Ours, since normal images alone would only say "keep": the
+    errors come from `disturb`, pasted over the visible part of the masked input and of which the clean image is known.
+    target: "error" fits a to 1 - error per patch; "restore" trains a through the frozen decoder to restore the image.
+    attenuate: which skips, 0 = shallow. shallow_off: the control, the shallow skip switched off and no attenuator.
+    """
+
+    def __init__(self, *, target="error", attenuate=(0, 1, 2), per_channel=False, shallow_off=False, **kwargs):
+        super().__init__(**kwargs)
+        self.target, self.shallow_off = target, shallow_off
+        channels = [block[0][0].out_channels for block in self.unet.encoder]
+        self.attenuators = nn.ModuleList(Attenuator(c, per_channel) for c in channels)
+        self.gates = [self.attenuators[i] if i in attenuate else None for i in range(3)]
+
+    def stages(self):
+        chosen = [p for gate in self.gates if gate is not None for p in gate.parameters()]
+        return [("u-net", list(self.unet.parameters())), ("attenuators", chosen)]
+
+    def restore(self, batch):
+        gates = [lambda skip: skip * 0, None, None] if self.shallow_off else self.gates
+        return self.unet(batch[0], gates)
+
+    def loss(self, batch, stage):
+        if stage == "u-net":
+            return self.image_loss(self.unet(batch[0]), batch[-1])
+        self.unet.eval()  # its BatchNorm statistics are frozen with it
+        masked, image = batch
+        disturbed, where = disturb(image)
+        seen = masked * (1 - where) + disturbed * where  # an incomplete mask: just what is wrong shows
+        if self.target == "restore":
+            return self.image_loss(self.unet(seen, self.gates), image)
+        skips = []
+        with torch.no_grad():
+            restored = self.unet(seen, [lambda skip: skips.append(skip) or skip] * 3)  # listens in, changes nothing
+            error = (restored - image).abs().mean(1, keepdim=True)
+        total = 0.0
+        for gate, skip in zip(self.gates, reversed(skips)):
+            if gate is not None:
+                patch = F.adaptive_avg_pool2d(error, skip.shape[-2:])
+                keep = 1 - (patch / patch.amax().clamp(min=1e-6))
+                total = total + F.binary_cross_entropy_with_logits(gate.logits(skip).float(), keep.expand(-1, gate.outer.out_channels, -1, -1))
+        return total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def copy_ratio(pairs_clean, pairs_defective, masks):
@@ -537,4 +1090,7 @@ def copy_ratio(pairs_clean, pairs_defective, masks):
     return sums
 
 
-METHODS = {"mlp": MLP, "cnn": CNN, "transformer": Transformer, "uniad": UniAD}
+METHODS = {
+    "mlp": MLP, "cnn": CNN, "transformer": Transformer, "uniad": UniAD, "rlr": RLR,
+    "ae": AutoEncoder, "unet": PlainUNet, "ear": EAR, "fader": FADeR,
+}  # fmt: skip

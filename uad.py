@@ -52,6 +52,16 @@ METHOD_OPTIONS = {  # constructor arguments of the methods, by name
     "mask": dict(action=argparse.BooleanOptionalAction, help="neighbour mask in attention"),
     "jitter": dict(action=argparse.BooleanOptionalAction, help="feature jitter"),
     "dropout": dict(type=float, help="dropout rate"),
+    "strides": dict(type=int, nargs="+", choices=[4, 8, 16], help="feature levels of rlr"),
+    "width": dict(type=int, help="filters of the first level of the U-Net"),
+    "saliency": dict(choices=["dino", "spectral"], help="what finds the region to mask"),
+    "masking": dict(choices=["saliency", "mosaic", "none"], help="which part of the image is behind the mosaic"),
+    "mosaic": dict(metavar="M", help="block side in pixels at 256x256, or auto: chosen from normal images"),
+    "lamp": dict(action=argparse.BooleanOptionalAction, help="loss amplification: -ln(1 - e) in place of an error e"),
+    "attenuate": dict(type=int, nargs="+", choices=[0, 1, 2], help="skips with an attenuator, 0 = shallow"),
+    "target": dict(choices=["error", "restore"], help="what the attenuators learn from"),
+    "per_channel": dict(action=argparse.BooleanOptionalAction, help="one attenuation a channel, not one a place"),
+    "shallow_off": dict(action=argparse.BooleanOptionalAction, help="the control: no attenuator, shallow skip off"),
 }
 REFUSALS = {"lamp": "its error is not bounded to [0,1), which loss amplification needs"}
 
@@ -330,7 +340,7 @@ def train(method, prepared, args, device, label, resumed, save, observe):
         run_step = torch.compile(step_module) if args.compile else step_module
         optimiser, first, order = optimiser_of(args, parameters), 0, None
         if resumed:
-            method.load_state_dict(resumed["state"], strict=False)
+            restore(method, resumed["state"])
             optimiser.load_state_dict(resumed["optimiser"])
             random_state(device, resumed["random"])
             first, resumed = resumed["step"], None
@@ -498,6 +508,19 @@ def peak_memory(device):
 # The program
 
 
+def restore(method, state):
+    """Loads what `trained_state` gave. Buffers may have another shape than a new method's: a memory bank grows in `fit`."""
+    own = {k for k in method.state_dict() if not k.startswith("backbone.")}
+    if own != set(state):
+        raise UserError(f"The checkpoint does not fit this method: it lacks or has too much of {sorted(own ^ set(state))[:3]}.")
+    for name, value in state.items():
+        owner, leaf = method.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = value.to(owner._buffers[leaf].device)
+        else:
+            getattr(owner, leaf).data.copy_(value)
+
+
 def build(name, options, device, seed=0):
     torch.manual_seed(seed)  # weights first: the same initial network whatever has run before in this process
     return METHODS[name](**options).to(device)
@@ -535,7 +558,7 @@ def run(args):
         if missing := loaded and name not in loaded:
             raise UserError(f"{args.load} holds no model for {name!r}: it has {', '.join(loaded)}.")
         if state := loaded.get(name) or done.get(name):
-            method.load_state_dict(state, strict=False)
+            restore(method, state)
             speed = {}
         else:
             save = lambda current: write(out / "unfinished.pt", {**identity(args), "models": entries, "current": current})
