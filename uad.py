@@ -1,17 +1,20 @@
 """Train on images of good parts only; say per image and per pixel what is wrong with a new one.
 
-    python uad.py                                    the demo: an MLP copies defects, UniAD does not (synthetic data)
-    python uad.py --method uniad --data ./mvtec      one model for all categories found, evaluated at the final epoch
-    python uad.py --load runs/uniad-mvtec/checkpoint.pt [--data ./mvtec]         evaluate again
+    python uad.py                                        the demo: an MLP copies defects, UniAD does not (synthetic data)
+    python uad.py --method uniad --data ./mvtec          one model for all categories found, judged at the final epoch
+    python uad.py --load runs/uniad-mvtec/checkpoint.pt --predict photo.png           score, verdict, overlay
+    python uad.py --load runs/uniad-mvtec/checkpoint.pt [--data ./mvtec]              evaluate again
+    python uad.py --compare runs/*                       one table of several runs
 
 The way of an image: folder -> data.py -> prepare (frozen, once, cached) -> loss ... -> anomaly map -> metrics.py ->
-table, results.json. This file knows nothing of a method but the contract in models.py.
+table, results.json, panels. This file knows nothing of a method but the contract in models.py.
 """
 
 import argparse
 import contextlib
 import copy
-import errno
+import csv
+import dataclasses
 import hashlib
 import inspect
 import itertools
@@ -29,6 +32,7 @@ import torch.distributed as dist
 from torch import nn
 
 import data
+import figures
 import metrics
 import models
 
@@ -81,61 +85,84 @@ def parse(argv):
     first = argparse.ArgumentParser(add_help=False)
     first.add_argument("--method", choices=METHODS)
     first.add_argument("--recipe", choices=["default", "paper"], default="default")
-    first.add_argument("--data", metavar="FOLDER")
-    first.add_argument("--load", metavar="CHECKPOINT")
+    first.add_argument("--data")
+    first.add_argument("--load")
     known, _ = first.parse_known_args(argv)
-    cls = METHODS[known.method or "uniad"]
+    loaded = read_checkpoint(known.load, known.method) if known.load else None
+    name = loaded["method"] if loaded else known.method or "uniad"
+    cls = METHODS[name]
     recipe = cls.recipe if known.recipe == "default" else cls.paper_recipe
     if recipe is None:
-        first.error(f"{known.method} has no --recipe paper: its paper gives none, or the default is the paper's.")
-    demo = {"backbone": "efficientnet_lite2", **recipe.demo} if known.data is None and not known.load else {}
-    accepted = {**method_defaults(cls), **recipe.options, **demo}
-    setting = {**vars(recipe), **demo}
+        first.error(f"argument --recipe: {name} has no 'paper' recipe; leave the option out.")
+    demo = {"backbone": "efficientnet_lite2", **recipe.demo} if known.data is None else {}
+    setting = {**vars(recipe), **demo, **(loaded["config"] if loaded else {})}
+    accepted = method_defaults(cls)
+    options = {**accepted, **recipe.options, **demo, **(loaded["options"] if loaded else {})}
+    options = {k: v for k, v in options.items() if k in accepted}
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_program_options(p)
+    group = p.add_argument_group("training", f"defaults: the {known.recipe} recipe of {name}")
+    group.add_argument("--recipe", choices=["default", "paper"], default="default", help="default: %(default)s")
+    for field in dataclasses.fields(models.Recipe):
+        if field.name not in ("options", "demo"):
+            group.add_argument("--" + field.name.replace("_", "-"), type=type(setting[field.name]), help="default: %(default)s",
+                               default=setting[field.name], choices=CHOICES.get(field.name))  # fmt: skip
+    group = p.add_argument_group("the method")
+    for option, how in METHOD_OPTIONS.items():
+        note = f"; default: {options[option]}" if option in options else f"; not used by {name}"
+        group.add_argument("--" + option.replace("_", "-"), **{**how, "default": None, "help": how["help"] + note})
+    args = p.parse_args(argv)
+
+    for option in METHOD_OPTIONS:
+        value = vars(args).pop(option)
+        if value is not None and option not in accepted:
+            p.error(f"argument --{option.replace('_', '-')}: does not apply to {name}: {REFUSALS.get(option, 'it has no such part')}.")
+        options |= {option: value} if value is not None else {}
+    for field in ("size", "epochs", "batch_size", "workers", "seeds"):
+        if getattr(args, field) < 1:
+            p.error(f"argument --{field.replace('_', '-')}: must be at least 1.")
+    if not 0 <= args.holdout < 1 or not 0 < args.quantile <= 1:
+        p.error("argument --holdout/--quantile: both are shares between 0 and 1.")
+    args.options = options | ({"size": args.size} if "size" in options else {})
+    args.loaded, args.method = loaded, args.method or (loaded and name)
+    if loaded:
+        args.separate, args.data = loaded["config"]["separate"], args.data or loaded["config"]["data"]
+        args.categories = args.categories or loaded["config"]["categories"]
+    return args
+
+
+CHOICES = {"optimiser": ["adamw", "adam", "sgd"], "schedule": ["one-cycle", "step", "constant"]}
+
+
+def add_program_options(p):
+    """What is not the method's: input, output, machine."""
     p.add_argument("--method", choices=METHODS, help="what to train; without it the demo compares mlp and uniad")
     p.add_argument("--data", metavar="FOLDER", help="MVTec AD or VisA layout, or one category; without it: synthetic data")
     p.add_argument("--categories", nargs="+", metavar="NAME", help="only these")
     p.add_argument("--separate", action="store_true", help="one model per category; default: one for all")
     p.add_argument("--out", metavar="FOLDER", help="default: runs/METHOD-DATA")
-    p.add_argument("--load", metavar="CHECKPOINT", help="evaluate this checkpoint instead of training")
-    p.add_argument("--resume", action="store_true", help="continue an interrupted run in --out to the same numbers")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    p.add_argument("--seeds", type=int, default=1, metavar="N", help="N runs from --seed on: mean and deviation")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …; default: %(default)s")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
                    help="of training; auto: bf16 where the processor multiplies it natively")  # fmt: skip
     p.add_argument("--compile", action="store_true", help="torch.compile the training step (a CPU needs a C++ compiler)")
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="decoding threads; default: %(default)s")
+    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="decoding threads; default: %(default)s")
     p.add_argument("--cache", metavar="FOLDER", help="keep the frozen part on disk, for later runs; default: in RAM")
-    p.add_argument("--eval-every", type=int, default=0, metavar="STEPS", help="also evaluate during training: the curve")
-    p.add_argument("--copy-ratio", action="store_true", help="measure the copy ratio on data with clean twins")
     p.add_argument("--save-every", type=float, default=60, metavar="SECONDS", help="for --resume; default: %(default)s")
-    g = p.add_argument_group("training", f"defaults: the {known.recipe} recipe of {known.method or 'uniad'}")
-    g.add_argument("--recipe", choices=["default", "paper"], default="default", help="default: %(default)s")
-    for name, kind in dict(size=int, epochs=int, batch_size=int, lr=float, weight_decay=float, clip=float).items():
-        g.add_argument("--" + name.replace("_", "-"), type=kind, default=setting[name], help="default: %(default)s")
-    g.add_argument("--optimiser", choices=["adamw", "adam", "sgd"], default=setting["optimiser"], help="default: %(default)s")
-    g.add_argument("--schedule", choices=["one-cycle", "step", "constant"], default=setting["schedule"], help="default: %(default)s")
-    g = p.add_argument_group("the method")
-    for name, option in METHOD_OPTIONS.items():
-        note = f"; default: {accepted[name]}" if name in accepted else f"; not used by {known.method or 'uniad'}"
-        g.add_argument("--" + name.replace("_", "-"), **{**option, "default": None, "help": option["help"] + note})
-    args = p.parse_args(argv)
-
-    for name in METHOD_OPTIONS:
-        if getattr(args, name) is not None and name not in accepted:
-            reason = REFUSALS.get(name, "it has no such part")
-            p.error(f"--{name.replace('_', '-')} does not apply to {known.method or 'uniad'}: {reason}.")
-    for name in ("size", "epochs", "batch_size", "workers"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name.replace('_', '-')} must be at least 1.")
-    given = {n: getattr(args, n) for n in METHOD_OPTIONS if getattr(args, n) is not None}
-    args.options = {**{n: v for n, v in accepted.items() if n in method_defaults(cls)}, **given}
-    if "size" in args.options:
-        args.options["size"] = args.size
-    for name in METHOD_OPTIONS:
-        delattr(args, name)
-    return args
+    p.add_argument("--resume", action="store_true", help="continue an interrupted run in --out to the same numbers")
+    p.add_argument("--eval-every", type=int, default=0, metavar="STEPS", help="evaluate during training too: curve.png")
+    p.add_argument("--copy-ratio", action="store_true", help="measure the copy ratio on data with clean twins")
+    p.add_argument("--panels", action=argparse.BooleanOptionalAction, default=True, help="pictures of test images in --out")
+    p.add_argument("--holdout", type=float, default=0.0, metavar="SHARE",
+                   help="of the training images, kept out of training for the threshold; default: none, it is set on them")  # fmt: skip
+    p.add_argument("--quantile", type=float, default=0.99, metavar="Q",
+                   help="the threshold: this quantile of normal image scores; default: %(default)s")  # fmt: skip
+    p.add_argument("--load", metavar="CHECKPOINT", help="use this checkpoint instead of training")
+    p.add_argument("--predict", metavar="IMAGE_OR_FOLDER", help="with --load: score, verdict, overlay and a CSV line each")
+    p.add_argument("--export", metavar="FILE.pt2", help="with --load: torch.export, images in, maps and scores out")
+    p.add_argument("--compare", nargs="+", metavar="RUN", help="one table and one picture of the results in these folders")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,6 +346,30 @@ def random_state(device, state=None):
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
 
+def estimate(method, images, args, device, count):
+    """Says within the first minute how long the run will take: two trial steps of a copy, on a few images."""
+    trial, few = copy.deepcopy(method), images[: min(args.batch_size, 4)]
+    with torch.random.fork_rng(), torch.no_grad():
+        start = time.perf_counter()
+        parts = trial.prepare(few)
+        seconds = (time.perf_counter() - start) / len(few) * count
+        for stage, _ in trial.stages():
+            for _ in range(2):  # the first one warms up
+                start = time.perf_counter()
+                with precision(args, device), torch.enable_grad():
+                    trial.train().loss(tuple(part.float() for part in parts), stage).backward()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                once = time.perf_counter() - start
+            seconds += once / len(few) * count * args.epochs
+    hint = ""
+    if seconds > 3600 and device.type == "cpu":
+        shrink = [f"--{n} (now {getattr(args, n, args.options.get(n))})" for n in ("epochs", "size", "width")
+                  if n in args.options or n in vars(args)]  # fmt: skip
+        hint = f": a long time for a CPU; what shrinks it: {', '.join(shrink)}, or a GPU"
+    say(f"this will take about {seconds / 60:.0f} min{hint}" if seconds > 90 else f"this will take about {seconds:.0f} s")
+
+
 def train(method, prepared, args, device, label, resumed, save, observe):
     """Runs every stage to its last step. resumed: what `save` was given before an interruption, or none.
 
@@ -397,9 +448,12 @@ def gather(part):
 
 @torch.no_grad()
 def evaluate(method, categories, args, device, cached=None):
-    """-> ({category: row of results.json}, images per second). cached: {category: Prepared}, else images are streamed."""
+    """-> ({category: row of results.json}, images per second, {category: image scores}).
+
+    cached: {category: Prepared}; without it the images are streamed, and only the maps of one category are held.
+    """
     method.eval()
-    rows, start, count = {}, time.perf_counter(), 0
+    rows, scored, start, count = {}, {}, time.perf_counter(), 0
     for category in categories:
         mine = list(range(RANK, len(category.test), WORLD))
         paths = [category.test[i].path for i in mine]
@@ -411,8 +465,9 @@ def evaluate(method, categories, args, device, cached=None):
             maps.extend(batch_maps.cpu().numpy())
         scores, maps = np.array(gather(list(zip(mine, scores)))), gather(list(zip(mine, maps)))
         rows[category.name] = category_row(category, scores, maps, args.size)
+        scored[category.name] = scores.tolist()
         count += len(category.test)
-    return rows, count / (time.perf_counter() - start)
+    return rows, count / (time.perf_counter() - start), scored
 
 
 def category_row(category, scores, maps, size):
@@ -436,20 +491,28 @@ def category_row(category, scores, maps, size):
     return row
 
 
-@torch.no_grad()
-def copy_ratio(method, categories, args, device):
-    """The copy ratio over all defective test images that have a clean twin; None where there are none."""
+def twins(method, categories, args, device):
+    """Prepared (without, with defect, where it is) of all defective test images that have a clean twin."""
     items = [item for c in categories for item in c.test if item.twin and item.masks]
-    sums = None
+    clean = frozen(method, [item.twin for item in items], args, device)
+    defective = frozen(method, [item.path for item in items], args, device)
+    for at, (a, b) in enumerate(zip(clean, defective)):
+        masks = np.stack([data.read_mask(item, args.size) for item in items[at * CHUNK : (at + 1) * CHUNK]])
+        yield a, b, torch.from_numpy(masks).to(device)
+
+
+@torch.no_grad()
+def copy_ratio(method, pairs):
+    """The copy ratio over all of `twins`, mean of a method's levels; None where there are none."""
     method.eval()
-    for at in range(0, len(items), CHUNK):
-        chunk = items[at : at + CHUNK]
-        (clean,) = frozen(method, [item.twin for item in chunk], args, device)
-        (defective,) = frozen(method, [item.path for item in chunk], args, device)
-        pairs = [method.reconstruction(tuple(part.float() for part in parts)) for parts in (clean, defective)]
-        masks = torch.from_numpy(np.stack([data.read_mask(item, args.size) for item in chunk])).to(device)
-        sums = np.array(models.copy_ratio(*pairs, masks)) + (0 if sums is None else sums)
-    return None if sums is None or not sums.size else float((sums[:, 0] / sums[:, 1]).mean())
+    sums = []
+    for *prepared, masks in pairs:
+        clean, defective = (method.reconstruction(tuple(part.float() for part in parts)) for parts in prepared)
+        sums.append(models.copy_ratio(clean, defective, masks))
+    if not sums or not sums[0]:
+        return None
+    copied, changed = np.array(sums).sum(0).T  # one of each a level
+    return float((copied / changed).mean())
 
 
 def mean_row(rows):
@@ -485,15 +548,13 @@ def without_nan(value):
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
+HEADS = ["I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO"]
+
+
 def table(rows, mean):
     """The seven metrics in percent, one category a line."""
-    show = lambda value: "    -" if value is None or math.isnan(value) else f"{100 * value:5.1f}"
-    heads = ["I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO"]
-    width = max(map(len, [*rows, "category"]))
-    lines = [f"{'category':<{width}}  " + "  ".join(f"{head:>7}" for head in heads)]
-    for name, row in [*rows.items(), ("mean", mean)]:
-        lines.append(f"{name:<{width}}  " + "  ".join(f"{show(row[metric]):>7}" for metric in metrics.NAMES))
-    return "\n".join(lines)
+    percent = lambda row: [None if row[m] is None or math.isnan(row[m]) else f"{100 * row[m]:.1f}" for m in metrics.NAMES]
+    return figures.text_table(["category", *HEADS], [[name, *percent(row)] for name, row in [*rows.items(), ("mean", mean)]])
 
 
 def peak_memory(device):
@@ -521,9 +582,45 @@ def restore(method, state):
             getattr(owner, leaf).data.copy_(value)
 
 
-def build(name, options, device, seed=0):
-    torch.manual_seed(seed)  # weights first: the same initial network whatever has run before in this process
-    return METHODS[name](**options).to(device)
+def read_checkpoint(path, method=None):
+    """A checkpoint's content. Raises UserError when it cannot be read or belongs to another method."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["version"], content["models"], content["options"], content["config"]  # a state dict of something else?
+    except FileNotFoundError:
+        raise UserError(f"--load {path} does not exist: name a checkpoint.pt that a run has written.") from None
+    except Exception as error:
+        raise UserError(f"{path} is not a checkpoint of this program ({type(error).__name__}): train again.") from None
+    if method and content["method"] != method:
+        raise UserError(f"{path} is a checkpoint of {content['method']}, not of {method}: leave --method out.")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One run: train or load, evaluate, report
+
+
+def build(args, device):
+    torch.manual_seed(args.seed)  # weights first: the same initial network whatever has run before in this process
+    return METHODS[args.method](**args.options).to(device)
+
+
+def checksum(method):
+    """Of the frozen backbone: a checkpoint does not hold it, so it must be the same one again."""
+    key = hashlib.sha256()
+    for name, tensor in sorted(method.state_dict().items()):
+        if name.startswith("backbone."):
+            key.update(tensor.cpu().contiguous().numpy().tobytes())
+    return key.hexdigest()[:16]
+
+
+def reload(args, device, entry):
+    """The method of one entry of a checkpoint, ready to evaluate."""
+    method = build(args, device)
+    if checksum(method) != entry["backbone"]:
+        raise UserError("The frozen backbone is not the one of the checkpoint: give the same --backbone and --weights.")
+    restore(method, entry["state"])
+    return method.eval()
 
 
 def sample_images(paths, args, device, count=256):
@@ -533,64 +630,164 @@ def sample_images(paths, args, device, count=256):
     return torch.from_numpy(np.stack(list(images))).to(device).permute(0, 3, 1, 2).float() / 255
 
 
+def fit_one(method, group, args, device, label, resumed, save):
+    """calibrate, prepare, train, fit, threshold. -> (entry of the checkpoint, throughput, curve)"""
+    paths = [item.path for category in group for item in category.train]
+    order = np.random.default_rng(args.seed).permutation(len(paths))
+    held = {int(i) for i in order[: round(args.holdout * len(paths))]}
+    normal = [paths[i] for i in (sorted(held) or sorted(order[:256].tolist()))]
+    paths = [path for i, path in enumerate(paths) if i not in held]
+    sample = sample_images(paths, args, device)
+    method.calibrate(sample)
+    estimate(method, sample, args, device, len(paths))
+
+    start, curve, speed, prepared = time.perf_counter(), [], {}, None
+    if method.stages():
+        prepared = Prepared(method, paths[RANK::WORLD], args, device, f"{label} prepare")
+        speed["prepare_images_per_s"] = len(paths) / (time.perf_counter() - start)
+        observe = Observer(method, group, args, device, curve)
+        speed["train_images_per_s"] = train(method, prepared, args, device, label, resumed, save, observe)
+    method.eval()
+    with torch.no_grad():
+        # Every process sees all images here; a method without training never holds more than a few of them.
+        stream = lambda: (tuple(p.float() for p in parts) for parts in frozen(method, paths, args, device))
+        method.fit(prepared.batches if prepared and WORLD == 1 else stream)
+    threshold, low, high = normal_range(method, normal, args, device)
+    entry = {"name": label, "state": trained_state(method), "backbone": checksum(method), "threshold": threshold,
+             "low": low, "high": high, "held_out": bool(held)}  # fmt: skip
+    return entry, speed, curve
+
+
+class Observer:
+    """Evaluates every args.eval_every steps and writes down loss, AUROC and copy ratio: the curve of the shortcut.
+
+    A diagnostic only: results are those of the final epoch, whatever the curve's peak.
+    """
+
+    def __init__(self, method, group, args, device, curve):
+        self.method, self.group, self.args, self.device, self.curve = method, group, args, device, curve
+        self.twins = list(twins(method, group, args, device)) if args.eval_every and args.copy_ratio else []
+        self.cached = args.eval_every and {
+            c.name: Prepared(method, [i.path for i in c.test[RANK::WORLD]], args, device, f"{c.name} prepare")
+            for c in group if len(c.test) > RANK
+        }  # fmt: skip
+
+    def __call__(self, step, stage, loss):
+        if not self.args.eval_every or step % self.args.eval_every:
+            return
+        rows, _, _ = evaluate(self.method, self.group, self.args, self.device, self.cached)
+        record = {"step": step, "stage": stage, "loss": loss.item()}
+        record |= {name: mean_row(rows)[name] for name in ("image_auroc", "pixel_auroc")}
+        if self.args.copy_ratio:
+            record["copy_ratio"] = copy_ratio(self.method, self.twins)
+        say("  " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
+        self.curve.append(record)
+
+
+@torch.no_grad()
+def normal_range(method, paths, args, device):
+    """Threshold of the image score, and the colour scale of overlays, both from normal images alone."""
+    scores, maps = [], []
+    for parts in frozen(method, paths, args, device):
+        batch = method.anomaly_map(tuple(part.float() for part in parts)).float()
+        scores.append(method.image_score(batch).cpu())
+        maps.append(batch.flatten(1)[:, ::7].cpu())  # every seventh pixel tells the distribution as well
+    maps = torch.cat(maps).numpy()
+    low, top = float(np.quantile(maps, 0.99)), float(maps.max())
+    threshold = float(np.quantile(torch.cat(scores).numpy(), args.quantile, method="higher"))
+    return threshold, low, max(2 * top - low, low + 1e-6)
+
+
 def run(args):
     """Trains or loads, evaluates, reports. -> the content of results.json."""
-    device = pick_device(args.device)
+    start, device = time.perf_counter(), pick_device(args.device)
     root = args.data
     if root is None:
-        root = data.write_synthetic("synthetic")
-        say(f"no --data: synthetic data in {root}")
+        if RANK == 0:
+            data.write_synthetic("synthetic")
+        if WORLD > 1:
+            dist.barrier()
+        root = "synthetic"
+        say("no --data: synthetic data in ./synthetic")
     categories = data.find_categories(root, args.categories)
     for category in categories:
         for note in category.notes:
             say(f"note: {note}")
-    out = Path(args.out or f"runs/{args.method}-{Path(root).resolve().name}{'-separate' if args.separate else ''}")
-    say(", ".join(f"{k}={v}" for k, v in vars(args).items() if v is not None and k != "options"))
-    say("method: " + ", ".join(f"{k}={v}" for k, v in args.options.items()))
+    name = f"{args.method}-{Path(root).resolve().name}{'-separate' if args.separate else ''}"
+    out = Path(args.out or (Path(args.load).parent / "evaluation" if args.load else f"runs/{name}"))
+    config = {k: v for k, v in vars(args).items() if k not in ("options", "loaded")} | args.options
+    say("\n".join(f"  {k} = {v}" for k, v in sorted(config.items()) if v is not None))
 
     groups = {c.name: [c] for c in categories} if args.separate else {"all": categories}
-    loaded = {entry["name"]: entry["state"] for entry in args.loaded["models"]} if args.load else {}
     unfinished = resume_from(out / "unfinished.pt", args) if args.resume else {"models": [], "current": None}
-    entries, rows, curves, speeds, ratios = unfinished["models"], {}, {}, [], []
-    done = {entry["name"]: entry["state"] for entry in entries}
-    for name, group in groups.items():
-        method = build(args.method, args.options, device, args.seed)
-        if missing := loaded and name not in loaded:
-            raise UserError(f"{args.load} holds no model for {name!r}: it has {', '.join(loaded)}.")
-        if state := loaded.get(name) or done.get(name):
-            restore(method, state)
-            speed = {}
+    entries = list(args.loaded["models"] if args.load else unfinished["models"])
+    rows, curves, speeds, ratios = {}, {}, [], []
+    for label, group in groups.items():
+        entry, speed = next((e for e in entries if e["name"] == label), None), {}
+        if entry:
+            method = reload(args, device, entry)
+        elif args.load:
+            raise UserError(f"{args.load} has no model for {label!r}: it has {', '.join(e['name'] for e in entries)}.")
         else:
+            method = build(args, device)
             save = lambda current: write(out / "unfinished.pt", {**identity(args), "models": entries, "current": current})
-            speed, curves[name] = fit_one(method, group, args, device, name, unfinished["current"], save)
+            entry, speed, curves[label] = fit_one(method, group, args, device, label, unfinished["current"], save)
             unfinished["current"] = None
-            entries.append({"name": name, "state": trained_state(method)})
-        found, speed["test_images_per_s"] = evaluate(method, group, args, device)
+            entries.append(entry)
+        found, speed["test_images_per_s"], scored = evaluate(method, group, args, device)
         rows.update(found)
         speeds.append(speed)
-        if args.copy_ratio:
-            ratios.append(copy_ratio(method, group, args, device))
+        ratios += [copy_ratio(method, twins(method, group, args, device))] if args.copy_ratio else []
+        if args.panels and RANK == 0:
+            for category in group:
+                panels(method, category, scored[category.name], entry, args, device, out)
 
-    speeds = {key: float(np.mean([s[key] for s in speeds if s.get(key)] or [math.nan]))
-              for key in ("prepare_images_per_s", "train_images_per_s", "test_images_per_s")}  # fmt: skip
-    mean = mean_row(rows)
-    config = {k: v for k, v in vars(args).items() if k not in ("options", "loaded")} | args.options
+    keys = ("prepare_images_per_s", "train_images_per_s", "test_images_per_s")
+    speeds = {k: float(np.mean([s[k] for s in speeds if s.get(k)] or [math.nan])) for k in keys}
     results = without_nan({
         "method": args.method, "data": str(root), "backbone": args.options.get("backbone"), "unified": not args.separate,
-        "seed": args.seed, "config": config, "categories": rows, "mean": mean, "throughput": speeds,
-        "peak_memory_bytes": peak_memory(device), "copy_ratio": ratios, "curve": curves,
+        "seed": args.seed, "config": config, "categories": rows, "mean": mean_row(rows), "throughput": speeds,
+        "peak_memory_bytes": peak_memory(device), "seconds": time.perf_counter() - start, "device": machine(device),
+        "copy_ratio": ratios, "curve": curves,
     })  # fmt: skip
-    say(table(rows, mean))
-    if ratios:
-        say(f"copy ratio: {', '.join('-' if r is None else f'{r:.3f}' for r in ratios)}")
     if RANK == 0:
-        write(out / "results.json", json.dumps(results, indent=1))
-        if not args.load:
-            write(out / "checkpoint.pt", {**identity(args), "models": entries})
-        (out / "unfinished.pt").unlink(missing_ok=True)
-    speed = ", ".join(f"{k.split('_')[0]} {v:.0f}" for k, v in speeds.items() if not math.isnan(v))
-    say(f"images per second: {speed}; peak memory {results['peak_memory_bytes'] / 2**30:.1f} GiB; wrote {out}/")
+        report(results, entries, args, out)
     return results
+
+
+def report(results, entries, args, out):
+    """The table with its footer, results.json, checkpoint.pt, curve.png."""
+    say(table(results["categories"], results["mean"]))
+    for ratio in results["copy_ratio"]:
+        say(f"copy ratio (1 = defects copied, 0 = restored): {'-' if ratio is None else f'{ratio:.3f}'}")
+    write(out / "results.json", json.dumps(results, indent=1))
+    if not args.load:
+        write(out / "checkpoint.pt", {**identity(args), "models": entries})
+        (out / "unfinished.pt").unlink(missing_ok=True)
+    for label, curve in results["curve"].items():
+        if curve:
+            draw_curve(curve, f"{args.method}, {label}", out / ("curve.png" if label == "all" else f"curve-{label}.png"))
+    speed = ", ".join(f"{k.split('_')[0]} {v:.0f}" for k, v in results["throughput"].items() if v)
+    say(f"{results['seconds']:.0f} s in all; images per second: {speed}; peak memory "
+        f"{results['peak_memory_bytes'] / 2**30:.1f} GiB; {results['device']}; wrote {out}/")  # fmt: skip
+
+
+def draw_curve(curve, title, path):
+    """curve.png, and the drop from the peak in words."""
+    x, series = [record["step"] for record in curve], []
+    for key, axis in (("loss", "left"), ("image_auroc", "right"), ("pixel_auroc", "right"), ("copy_ratio", "right")):
+        if key in curve[0]:
+            y = [record[key] for record in curve]
+            series.append({"name": key.replace("_", " "), "x": x, "y": y, "axis": axis, "label_ends": "auroc" in key})
+            ends = figures.peak_and_final(x, [math.nan if value is None else value for value in y])
+            if "auroc" in key and ends:
+                say(f"{key}: peak {ends[0][1]:.4f} at step {ends[0][0]:.0f}, final {ends[1][1]:.4f}, "
+                    f"drop {ends[0][1] - ends[1][1]:.4f}")  # fmt: skip
+    figures.curve(series, path, title=title)
+
+
+def machine(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
 
 
 def identity(args):
@@ -599,52 +796,210 @@ def identity(args):
     return {"version": 1, "method": args.method, "options": args.options, "config": plain}
 
 
-def fit_one(method, group, args, device, label, resumed, save):
-    """calibrate, prepare, train, fit. -> (throughput, curve)"""
-    paths = [item.path for category in group for item in category.train]
-    method.calibrate(sample_images(paths, args, device))
-    start = time.perf_counter()
-    prepared = Prepared(method, paths[RANK::WORLD], args, device, f"{label} prepare")
-    prepare_rate = len(paths) / (time.perf_counter() - start)
-    curve, cached = [], None
-    if args.eval_every:
-        cached = {c.name: Prepared(method, [i.path for i in c.test[RANK::WORLD]], args, device, f"{c.name} prepare")
-                  for c in group}  # fmt: skip
+def resume_from(path, args):
+    """What an interrupted run left in --out. Raises UserError when it was another run, or left nothing."""
+    if not path.exists():
+        raise UserError(f"--resume: there is no {path}: nothing was interrupted there; leave --resume out.")
+    content = read_checkpoint(path, args.method)
+    changed = [k for k in ("method", "options") if content[k] != identity(args)[k]]
+    changed += [k for k in ("seed", "epochs", "batch_size", "lr", "separate", "holdout") if content["config"][k] != vars(args)[k]]
+    if changed:
+        raise UserError(f"--resume: {path} is of a run with another {', '.join(changed)}: give the same options again.")
+    return content
 
-    def observe(step, stage, loss):
-        if args.eval_every and step % args.eval_every == 0:
-            record = {"step": step, "stage": stage, "loss": loss.item()}
-            mean = mean_row(evaluate(method, group, args, device, cached)[0])
-            record |= {name: mean[name] for name in ("image_auroc", "pixel_auroc")}
-            if args.copy_ratio:
-                record["copy_ratio"] = copy_ratio(method, group, args, device)
-            say("  " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
-            curve.append(record)
 
-    speed = train(method, prepared, args, device, label, resumed, save, observe)
-    method.fit(prepared.batches)
-    return {"prepare_images_per_s": prepare_rate, "train_images_per_s": speed}, curve
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures, prediction, export, comparison
+
+
+@torch.no_grad()
+def panels(method, category, scored, entry, args, device, out):
+    """panels/CATEGORY.png: the worst false alarms, the worst misses and the clearest find of each kind of defect."""
+    scores, items = scored, category.test
+    by_score = sorted(range(len(items)), key=lambda i: scores[i])
+    good, bad = [i for i in by_score if not items[i].label], [i for i in by_score if items[i].label]
+    chosen = {**dict.fromkeys(good[-2:][::-1], "false alarm"), **dict.fromkeys(bad[:2], "miss")}
+    for kind in sorted({items[i].defect for i in bad}):
+        chosen.setdefault(next(i for i in reversed(bad) if items[i].defect == kind), "")
+    chosen = dict(itertools.islice(chosen.items(), 8))
+    reference = data.read_image(category.train[0].path, args.size)
+    (parts,) = frozen(method, [items[i].path for i in chosen], args, device) if len(chosen) <= CHUNK else (None,)
+    parts = tuple(part.float() for part in parts)
+    maps, pairs = method.anomaly_map(parts).float().cpu().numpy(), method.reconstruction(parts)
+    rows = []
+    for row, (i, verdict) in enumerate(chosen.items()):
+        item, image = items[i], data.read_image(items[i].path, args.size)
+        wrong = (scores[i] > entry["threshold"]) != bool(item.label)
+        images = {"normal reference": reference, "input": image}
+        if pairs:
+            images |= restored_tile(*(x[row].float().cpu() for x in pairs[0]))
+        known = category.has_masks and (item.masks or not item.label)
+        images["ground truth"] = data.read_mask(item, args.size) if known else None
+        images["anomaly map"] = figures.overlay(image, maps[row], entry["low"], entry["high"])
+        rows.append({"name": f"{item.defect}/{item.path.stem}", "verdict": verdict if wrong else "", "score": scores[i],
+                     "images": images})  # fmt: skip
+    note = (f"Scores above {entry['threshold']:.3g} count as defective ({100 * args.quantile:g} % of "
+            f"{'held-out' if entry['held_out'] else 'training'} normal images lie below). First the highest-scoring normal "
+            f"images and the lowest-scoring defective ones, then the clearest of each kind of defect.")  # fmt: skip
+    figures.save(figures.panel(rows, entry["low"], entry["high"], f"{args.method}: {category.name}", note), out / f"panels/{category.name}.png")
+
+
+def restored_tile(target, restored):
+    """The reconstruction where it is an image, else its distance to the target, place by place."""
+    if target.shape[0] == 3:
+        return {"reconstruction": (restored.permute(1, 2, 0).clamp(0, 1).numpy() * 255).astype(np.uint8)}
+    return {"feature distance": (restored - target).norm(dim=0).numpy()}
+
+
+def load_for_use(args, device):
+    """-> (method, entry) of a checkpoint that holds one model, or of its model for --categories NAME."""
+    entries = args.loaded["models"]
+    if args.loaded["config"]["separate"]:
+        wanted = [e for e in entries if e["name"] in (args.categories or [])]
+        if len(wanted) != 1:
+            raise UserError(f"{args.load} holds one model per category: name one with --categories, of {', '.join(e['name'] for e in entries)}.")
+        entries = wanted
+    return reload(args, device, entries[0]), entries[0]
+
+
+@torch.no_grad()
+def predict(args):
+    """One line per image as they come, predictions.csv and an overlay each. -> exit code: 0, or 2 if none was readable."""
+    device = pick_device(args.device)
+    method, entry = load_for_use(args, device)
+    source = Path(args.predict)
+    if not source.exists():
+        raise UserError(f"--predict {source} does not exist: name an image or a folder of images.")
+    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in data.EXTENSIONS) if source.is_dir() else [source]
+    if not paths:
+        raise UserError(f"--predict {source} holds no image ({', '.join(sorted(data.EXTENSIONS))}).")
+    out = Path(args.out or Path(args.load).parent / "predictions")
+    out.mkdir(parents=True, exist_ok=True)
+    if not entry["held_out"]:
+        say("note: the threshold was set on training images, which score lower than new ones; train with --holdout 0.1")
+    skipped = 0
+    with open(out / "predictions.csv", "w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(["image", "score", "threshold", "verdict", "overlay"])
+        for path in paths:
+            try:
+                image = data.read_image(path, args.size)
+                (parts,) = frozen(method, [path], args, device)
+            except data.DataError as error:
+                print(f"skipped: {error}", file=sys.stderr)
+                skipped += 1
+                continue
+            maps = method.anomaly_map(tuple(part.float() for part in parts)).float()
+            score = method.image_score(maps).item()
+            verdict = "defective" if score > entry["threshold"] else "normal"
+            relative = path.relative_to(source) if source.is_dir() else Path(path.name)
+            overlay = out / relative.with_name(f"{relative.name}.overlay.png")
+            figures.save(figures.Image.fromarray(
+                figures.overlay(image, maps[0].cpu().numpy(), entry["low"], entry["high"])), overlay)  # fmt: skip
+            lines.writerow([path, f"{score:.6g}", f"{entry['threshold']:.6g}", verdict, overlay])
+            file.flush()
+            say(f"{path}  score {score:.4g} (threshold {entry['threshold']:.4g})  {verdict}  {overlay}")
+    say(f"{len(paths) - skipped} images, {skipped} skipped; wrote {out / 'predictions.csv'}")
+    return 2 if skipped == len(paths) else 0
+
+
+class Exported(nn.Module):
+    """Images (1,3,S,S) in [0,1] -> (anomaly maps (1,S,S), image scores (1,)), for use without this program."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, images):
+        maps = self.method.anomaly_map(self.method.prepare(images))
+        return maps, self.method.image_score(maps)
+
+
+def export(args):
+    """Writes --export FILE.pt2 and checks it against the program itself."""
+    device = pick_device(args.device)
+    method, _ = load_for_use(args, device)
+    images = torch.rand(1, 3, args.size, args.size, device=device)
+    module = Exported(method).eval()
+    with torch.no_grad():
+        program = torch.export.export(module, (images,))
+        maps, _ = program.module()(images)
+        difference = (maps - module(images)[0]).abs().max().item()
+    torch.export.save(program, args.export)
+    say(f"wrote {args.export}: input (1,3,{args.size},{args.size}) in [0,1]; largest difference of the maps {difference:.1e}")
+    return 0
+
+
+def compare(folders):
+    """The results of several runs side by side: text, Markdown and compare.png."""
+    runs = {}
+    for folder in folders:
+        try:
+            runs[Path(folder).name] = json.loads((Path(folder) / "results.json").read_text())
+        except (OSError, ValueError):
+            raise UserError(f"--compare: {folder} holds no results.json: name folders that a run has written.") from None
+    names = sorted({name for r in runs.values() for name in r["categories"]})
+    show = lambda row: "-" if row is None else "/".join(
+        "-" if row[m] is None else f"{100 * row[m]:.1f}" for m in ("image_auroc", "pixel_auroc"))  # fmt: skip
+    header = ["image/pixel AUROC", *names, "mean", "seconds"]
+    lines = [[run, *(show(r["categories"].get(n)) for n in names), show(r["mean"]), f"{r['seconds']:.0f}"] for run, r in runs.items()]
+    say(figures.text_table(header, lines), "", figures.markdown_table(header, lines), sep="\n")
+    bars = {run: {m.replace("_auroc", ""): (r["mean"][m], None) for m in ("image_auroc", "pixel_auroc")} for run, r in runs.items()}
+    figures.bars(bars, "compare.png", "Mean AUROC")
+    say("wrote compare.png")
+    return 0
+
+
+def several(args):
+    """--seeds N: N runs, then mean and standard deviation over them."""
+    results, out = [], args.out or f"runs/{args.method}-{Path(args.data or 'synthetic').resolve().name}"
+    for seed in range(args.seed, args.seed + args.seeds):
+        one = argparse.Namespace(**{**vars(args), "seed": seed, "out": f"{out}/seed{seed}"})
+        results.append(run(one)["categories"])
+    rows = []
+    for name in [*results[0], "mean"]:
+        values = [[mean_row(without_none(r))[m] if name == "mean" else r[name][m] for m in metrics.NAMES] for r in results]
+        values = np.array(values, float) * 100
+        rows.append([name, *(f"{m:.1f} ± {s:.2f}" if m == m else None for m, s in zip(values.mean(0), values.std(0)))])
+    say(f"\n{args.seeds} seeds, mean ± standard deviation", figures.text_table(["category", *HEADS], rows), sep="\n")
+
+
+def without_none(rows):
+    """The rows of results.json with null read as NaN again."""
+    return {k: {m: math.nan if row[m] is None else row[m] for m in metrics.NAMES} for k, row in rows.items()}
 
 
 def main(argv=None):
     """Runs the program; every error a user can cause ends in one sentence and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
-    args = parse(argv)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if pick_device(args.device).type == "cuda" else "gloo")
     try:
-        if args.method is None and args.data is None and not args.load:
-            demo(argv)
-        else:
-            args.method = args.method or "uniad"
-            run(args)
+        args = parse(argv)
+        if (args.predict or args.export) and not args.load:
+            raise UserError("--predict and --export need --load CHECKPOINT.")
+        if WORLD > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if pick_device(args.device).type == "cuda" else "gloo")
+        if args.compare:
+            return compare(args.compare)
+        if args.predict:
+            return predict(args)
+        if args.export:
+            return export(args)
+        if args.method is None and args.data is None:
+            return demo(argv)
+        args.method = args.method or "uniad"
+        several(args) if args.seeds > 1 else run(args)
+        return 0
     except (UserError, data.DataError, models.WeightsError) as error:
-        print(f"uad.py: error: {error}", file=sys.stderr)
-        return 2
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = "The GPU's memory is full: lower --batch-size or --size."
+    except (MemoryError, OSError) as error:
+        message = f"{error or 'memory is full'}: free some space, lower --batch-size, or name another --out or --cache."
     except KeyboardInterrupt:
         print("\ninterrupted: the same command with --resume goes on from the last save", file=sys.stderr)
         return 130
-    return 0
+    print(f"uad.py: error: {message}", file=sys.stderr)
+    return 2
 
 
 def demo(argv):
@@ -652,9 +1007,10 @@ def demo(argv):
     rows = []
     for method in ("mlp", "uniad"):
         results = run(parse([*argv, "--method", method, "--copy-ratio"]))
-        rows.append(f"{method:<8}{results['copy_ratio'][0]:>11.3f}" + "".join(
-            f"{100 * results['mean'][metric]:>15.1f}" for metric in ("image_auroc", "pixel_auroc")))  # fmt: skip
-    say("\nmethod   copy ratio    image AUROC    pixel AUROC", *rows, sep="\n")
+        rows.append([method, results["copy_ratio"][0], *(results["mean"][m] for m in ("image_auroc", "pixel_auroc"))])
+    say("", figures.text_table(["method", "copy ratio", "image AUROC", "pixel AUROC"], rows), sep="\n")
+    say("copy ratio: 1 = the defect is copied whole, 0 = it is restored to normal; see runs/*/panels for the pictures")
+    return 0
 
 
 if __name__ == "__main__":
