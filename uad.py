@@ -31,12 +31,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import baselines
 import data
 import figures
 import metrics
 import models
 
-METHODS = models.METHODS
+METHODS = models.METHODS | baselines.METHODS
 
 
 class UserError(Exception):
@@ -61,13 +62,16 @@ METHOD_OPTIONS = {  # constructor arguments of the methods, by name
     "saliency": dict(choices=["dino", "spectral"], help="what finds the region to mask"),
     "masking": dict(choices=["saliency", "mosaic", "none"], help="which part of the image is behind the mosaic"),
     "mosaic": dict(metavar="M", help="block side in pixels at 256x256, or auto: chosen from normal images"),
+    "dims": dict(type=int, help="feature channels of padim; 0: by the backbone"),
+    "memory": dict(type=int, help="normal patches that psvdd compares with"),
+    "textures": dict(metavar="FOLDER", help="images that draem pastes in; without it: generated textures"),
     "lamp": dict(action=argparse.BooleanOptionalAction, help="loss amplification: -ln(1 - e) in place of an error e"),
     "attenuate": dict(type=int, nargs="+", choices=[0, 1, 2], help="skips with an attenuator, 0 = shallow"),
     "target": dict(choices=["error", "restore"], help="what the attenuators learn from"),
     "per_channel": dict(action=argparse.BooleanOptionalAction, help="one attenuation a channel, not one a place"),
     "shallow_off": dict(action=argparse.BooleanOptionalAction, help="the control: no attenuator, shallow skip off"),
 }
-REFUSALS = {"lamp": "its error is not bounded to [0,1), which loss amplification needs"}
+REFUSALS = {"lamp": "it has no reconstruction error bounded to [0,1), which loss amplification needs"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -625,10 +629,7 @@ def read_checkpoint(path, method=None):
 
 def build(args, device):
     torch.manual_seed(args.seed)  # weights first: the same initial network whatever has run before in this process
-    try:
-        return METHODS[args.method](**args.options).to(device)
-    except ValueError as error:  # options that do not go together
-        raise UserError(f"{error}.") from None
+    return METHODS[args.method](**args.options).to(device)
 
 
 def checksum(method):
@@ -1022,7 +1023,7 @@ def main(argv=None):
         args.method = args.method or "uniad"
         several(args) if args.seeds > 1 else run(args)
         return 0
-    except (UserError, data.DataError, models.WeightsError) as error:
+    except (UserError, data.DataError, models.MethodError) as error:
         message = str(error)
     except torch.OutOfMemoryError:
         message = "The GPU's memory is full: lower --batch-size or --size."
