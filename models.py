@@ -386,9 +386,10 @@ class Attention(nn.Module):
 
 
 def attend(q, k, v, mask, dropout=None):
-    """softmax(q k^T / sqrt(d) + mask) v for (B,heads,L,d), with dropout on the weights."""
+    """softmax(q k^T / sqrt(d) + mask) v for (B,heads,L,d), with dropout on the weights. B of q or k may be 1."""
     dropping = dropout is not None and dropout.training and dropout.p > 0
     if q.is_cuda or (q.dtype == torch.float32 and not dropping):
+        q, k, v = (x.expand(max(len(q), len(k), len(v)), -1, -1, -1) for x in (q, k, v))
         mask = mask if mask is None else mask.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout.p if dropping else 0.0)
     # On a CPU the fused kernel is slower in bfloat16 than these three lines, and three times slower with dropout.
@@ -437,7 +438,8 @@ class Transformer(FeatureMethod):
     def reconstruct(self, f):
         x, position = self.project_in(f), self.position()
         for layer in self.layers:
-            x = layer.attend(0, x, x + position, x + position, x, None)
+            q = x + position
+            x = layer.attend(0, x, q, q, x, None)
             x = layer.feed_forward(x)
         return self.project_out(x)
 
@@ -519,11 +521,12 @@ class UniAD(FeatureMethod):
             f = add_jitter(f, self.alpha)
         x, position = self.project_in(f), self.position()
         for layer in self.encoder:
-            x = layer.attend(0, x, x + position, x + position, x, self.mask)
+            q = x + position
+            x = layer.attend(0, x, q, q, x, self.mask)
             x = layer.feed_forward(x)
         memory, out = x, x
         for i, layer in enumerate(self.decoder):
-            h = out if self.queries is None else self.queries[i].expand_as(memory)
+            h = out if self.queries is None else self.queries[i][None]  # (1,L,C): the same question to every image
             h = layer.attend(0, h, h + position, memory + position, memory, self.mask)
             h = layer.attend(1, h, h + position, out + position, out, self.mask)
             out = layer.feed_forward(h)
