@@ -257,14 +257,17 @@ def load_weights(path):
 class FeatureMethod(Method):
     """Reconstructs frozen feature tokens f, and takes the distance |f^ - f| for the anomaly map (UniAD, section 3.2).
 
-    Levels at strides 2 to 16 are resized to one grid, S/16 x S/16, and concatenated to C channels.
-    standardise: bring each channel to mean 0 and std 1 over normal images. Not in the paper. Raw EfficientNet channels
-    differ in scale by two orders of magnitude, so a few of them own the loss and training is many times slower.
+    Levels at strides 2 to 16 are brought to one grid, S/16 x S/16, and concatenated to C channels. Two things are ours,
+    and `paper_recipe` turns both off:
+    standardise: bring each channel to mean 0 and std 1 over normal images. Raw EfficientNet channels differ in scale by
+    two orders of magnitude, so a few of them own the loss and training is many times slower.
+    resize: "average" takes the mean of all features that fall into a cell of the grid. The paper's "bilinear" (corners
+    aligned) looks at four of the 64 at stride 2, and what it happens to hit is noise to every reconstructor.
     """
 
-    def __init__(self, *, backbone="efficientnet_b4", weights="default", size=224, standardise=True):
+    def __init__(self, *, backbone="efficientnet_b4", weights="default", size=224, standardise=True, resize="average"):
         super().__init__()
-        self.backbone = Backbone(backbone, weights)
+        self.backbone, self.resize = Backbone(backbone, weights), resize
         self.size, self.grid, self.standardise = size, size // 16, standardise
         self.channels = sum(self.backbone.channels)
         self.register_buffer("frozen_mean", torch.zeros(self.channels))
@@ -272,11 +275,11 @@ class FeatureMethod(Method):
 
     def tokens(self, images):
         """(B,3,S,S) -> (B,L,C), L = grid * grid, row by row."""
-        levels = [
-            F.interpolate(level, (self.grid, self.grid), mode="bilinear", align_corners=True)
-            for level in self.backbone(images)
-        ]
-        return torch.cat(levels, 1).flatten(2).transpose(1, 2)
+        if self.resize == "average":
+            to_grid = partial(F.adaptive_avg_pool2d, output_size=self.grid)
+        else:
+            to_grid = partial(F.interpolate, size=(self.grid, self.grid), mode="bilinear", align_corners=True)
+        return torch.cat([to_grid(level) for level in self.backbone(images)], 1).flatten(2).transpose(1, 2)
 
     def calibrate(self, images):
         if self.standardise:
@@ -285,6 +288,9 @@ class FeatureMethod(Method):
 
     def prepare(self, images):
         return ((self.tokens(images) - self.frozen_mean) / self.frozen_std,)
+
+    def prepared_by(self):
+        return f"{self.resize} {self.standardise}"
 
     def reconstruct(self, f):
         """(B,L,C) -> (B,L,C)"""
@@ -300,7 +306,8 @@ class FeatureMethod(Method):
     def anomaly_map(self, batch):
         distance = (self.reconstruct(batch[0]).float() - batch[0]).norm(dim=-1)  # (B,L)
         distance = distance.view(-1, 1, self.grid, self.grid)
-        return F.interpolate(distance, (self.size, self.size), mode="bilinear", align_corners=True).squeeze(1)
+        corners = self.resize == "bilinear"  # the map goes back to the image as the features came from it
+        return F.interpolate(distance, (self.size, self.size), mode="bilinear", align_corners=corners).squeeze(1)
 
     def image_score(self, maps):
         return F.avg_pool2d(maps.unsqueeze(1), 16, stride=1).amax((1, 2, 3))
@@ -494,7 +501,7 @@ class UniAD(FeatureMethod):
 
     recipe = Recipe(epochs=20, lr=4e-4, batch_size=8, clip=1.0, options={"alpha": 10.0})
     paper_recipe = Recipe(
-        epochs=1000, batch_size=64, lr=1e-4, schedule="step", clip=0.1, options={"alpha": 20.0, "standardise": False}
+        epochs=1000, batch_size=64, lr=1e-4, schedule="step", clip=0.1, options={"standardise": False, "resize": "bilinear"}
     )
 
     def __init__(

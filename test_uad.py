@@ -2305,3 +2305,85 @@ def test_each_file_that_is_meant_to_be_copied_imports_none_of_the_others():
         used = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         used |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
         assert not {word.split(".")[0] for word in used} & ours
+
+
+# --- prediction, export, comparison
+
+
+@pytest.fixture
+def trained(program, parts):
+    succeed(program, *tiny(parts, "mlp", "--out", "run", "--holdout", 0.25))
+    return "run/checkpoint.pt"
+
+
+def test_predict_writes_score_verdict_and_overlay_for_each_image_and_goes_on_after_a_broken_one(program, parts, trained):
+    folder = Path(shutil.copytree(parts / "chip" / "test" / "hole", "photos"))
+    shutil.copy(parts / "chip" / "train" / "good" / "000.png", folder / "fine.png")
+    (folder / "broken.png").write_bytes(b"no image")
+    code, out, err = program("--load", trained, "--predict", folder, "--workers", 1)
+    assert code == 0 and "broken.png" in err and err.count("\n") == 1 and "1 skipped" in out
+    lines = (Path("run") / "predictions" / "predictions.csv").read_text().splitlines()
+    assert lines[0] == "image,score,threshold,verdict,overlay" and len(lines) == 3
+    for line in lines[1:]:
+        image, score, threshold, verdict, overlay = line.split(",")
+        assert verdict == ("defective" if float(score) > float(threshold) else "normal")
+        assert Image.open(overlay).size == (128, 128)
+    (entry,) = torch.load(trained, weights_only=True)["models"]
+    assert entry["held_out"] and float(threshold) == pytest.approx(entry["threshold"], rel=1e-4)
+
+
+def test_the_threshold_is_the_quantile_of_held_out_normal_images(program, parts, trained):
+    (entry,) = torch.load(trained, weights_only=True)["models"]
+    args = uad.parse(["--load", trained])
+    method = uad.reload(args, torch.device("cpu"), entry)
+    paths = [item.path for category in find_categories(parts) for item in category.train]
+    held = sorted(np.random.default_rng(0).permutation(len(paths))[:2])  # a quarter of 8, seed 0
+    scores = []
+    with torch.no_grad():
+        for index in held:
+            (batch,) = uad.frozen(method, [paths[index]], args, torch.device("cpu"))
+            scores.append(method.image_score(method.anomaly_map(tuple(p.float() for p in batch))).item())
+    assert entry["threshold"] == pytest.approx(max(scores), rel=1e-3)
+
+
+def test_an_exported_program_gives_the_maps_of_this_one(program, trained):
+    printed = succeed(program, "--load", trained, "--export", "model.pt2")
+    assert float(printed.rsplit("maps ", 1)[1]) < 1e-4
+    images = random_images(1)
+    maps, scores = torch.export.load("model.pt2").module()(images)
+    args = uad.parse(["--load", trained])
+    method = uad.reload(args, torch.device("cpu"), args.loaded["models"][0])
+    with torch.no_grad():
+        expected = method.anomaly_map(method.prepare(images))
+    assert torch.allclose(maps, expected, atol=1e-4) and torch.allclose(scores, method.image_score(expected), atol=1e-4)
+
+
+def test_runs_are_compared_in_text_markdown_and_a_picture(program, parts, trained):
+    shutil.copytree("run", "other")
+    printed = succeed(program, "--compare", "run", "other")
+    mean = results("run")["mean"]
+    cell = "/".join(f"{100 * mean[name]:.1f}" for name in ("image_auroc", "pixel_auroc"))
+    assert printed.count(cell) == 4 and "| run |" in printed and Path("compare.png").stat().st_size > 1000
+    refuse(program, ["nowhere", "results.json"], "--compare", "run", "nowhere")
+
+
+def test_several_seeds_give_mean_and_deviation(program, parts):
+    printed = succeed(program, *tiny(parts, "mlp", "--out", "runs", "--seeds", 2, "--epochs", 1))
+    values = [100 * results(f"runs/seed{seed}")["mean"]["image_auroc"] for seed in (0, 1)]
+    assert f"{np.mean(values):.1f} ± {np.std(values):.2f}" in printed.rsplit("mean ", 1)[1]
+
+
+@pytest.mark.parametrize("words, options", [
+    (["--load"], ["--predict", "photo.png"]),
+    (["absent.png"], ["--load", "run/checkpoint.pt", "--predict", "absent.png"]),
+    (["empty"], ["--load", "run/checkpoint.pt", "--predict", "empty"]),
+])
+def test_a_prediction_that_cannot_be_made_is_refused(program, trained, words, options):
+    Path("empty").mkdir()
+    refuse(program, words, *options)
+
+
+def test_panels_and_a_curve_are_drawn(program, parts):
+    printed = succeed(program, *tiny(parts, "mlp", "--out", "run", "--eval-every", 2, "--panels", "--epochs", 2))
+    assert Image.open("run/panels/chip.png").width > 600 and Image.open("run/curve.png").width > 600
+    assert "image_auroc: peak" in printed and len(results("run")["curve"]["all"]) == 2

@@ -52,6 +52,7 @@ METHOD_OPTIONS = {  # constructor arguments of the methods, by name
     "backbone": dict(choices=sorted(models.STAGES), help="frozen features"),
     "weights": dict(metavar="FILE", help="'default', 'none' (random, for tests) or a local state dict"),
     "standardise": dict(action=argparse.BooleanOptionalAction, help="bring feature channels to mean 0 and std 1"),
+    "resize": dict(choices=["average", "bilinear"], help="how feature levels come to one grid"),
     "alpha": dict(type=float, help="strength of the feature jitter"),
     "query": dict(action=argparse.BooleanOptionalAction, help="learned query in every decoder layer"),
     "mask": dict(action=argparse.BooleanOptionalAction, help="neighbour mask in attention"),
@@ -192,9 +193,10 @@ def add_program_options(p):
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 
 
-def say(*words):
+def say(*words, sep=" "):
+    """Prints, in the first process alone."""
     if RANK == 0:
-        print(*words, flush=True)
+        print(*words, sep=sep, flush=True)
 
 
 def pick_device(name):
