@@ -431,6 +431,10 @@ class PatchSVDD(Method):
             total = total + self.weight * (h - close).norm(dim=1).mean()
         return total
 
+    def calibrate(self, images):
+        if images.shape[-1] < 128:
+            raise MethodError(f"--size {images.shape[-1]} is too small for psvdd, whose patches need --size 128 or more.")
+
     def fit(self, batches):
         count = sum(len(images) for (images,) in batches())
         generator, found = torch.Generator().manual_seed(0), {side: [] for side in self.STRIDES}
@@ -532,7 +536,7 @@ class CutPaste(Method):
     def fit(self, batches):
         self.mean, covariance = gaussians(self.features(images).mean((2, 3))[:, None] for (images,) in batches())
         diagonal = covariance.diagonal(dim1=1, dim2=2)
-        diagonal.add_(0.1 * diagonal.mean() + 1e-6)
+        diagonal.add_(0.1 * diagonal.mean() + 1e-12)
         self.whiten = whitening(covariance)
 
     def anomaly_map(self, batch):

@@ -37,7 +37,7 @@ class Recipe:
     lr: float = 5e-4  # peak of the schedule
     weight_decay: float = 1e-4
     optimiser: str = "adamw"  # adamw | adam | sgd
-    schedule: str = "one-cycle"  # one-cycle: linear warm-up, cosine to 0 | step: x0.1 after 80 % | constant
+    schedule: str = "one-cycle"  # one-cycle: 30 % warm-up, cosine to 0 | step: x0.1 after 80 % | constant
     clip: float = 0.0  # gradient norm is clipped to this; 0 = not at all
     options: dict = field(default_factory=dict)  # go to the constructor
     demo: dict = field(default_factory=dict)  # what the demo on synthetic data changes, to end in minutes on a CPU
@@ -503,7 +503,7 @@ class UniAD(FeatureMethod):
     its input, as a plain layer does.
     """
 
-    recipe = Recipe(epochs=20, lr=4e-4, batch_size=8, clip=1.0, options={"alpha": 10.0})
+    recipe = Recipe(epochs=16, lr=5e-4, batch_size=4, clip=1.0, options={"alpha": 8.0, "dropout": 0.0}, demo={"epochs": 8})
     paper_recipe = Recipe(
         epochs=1000,
         batch_size=64,
@@ -622,7 +622,8 @@ class RLR(Method):
     Ours in the default recipe: standardised features and a one-cycle schedule.
     """
 
-    recipe = Recipe(size=256, epochs=20, batch_size=4, lr=2e-4, clip=1.0, options={"alpha": 4.0}, demo={"epochs": 2})
+    recipe = Recipe(size=256, epochs=20, batch_size=4, lr=2e-4, clip=1.0, options={"alpha": 4.0},
+                    demo={"size": 128, "epochs": 8})  # fmt: skip
     paper_recipe = Recipe(
         size=256, epochs=200, batch_size=4, lr=1e-4, weight_decay=0.0, optimiser="adam", schedule="constant",
         options={"alpha": 4.0, "standardise": False},

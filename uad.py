@@ -29,6 +29,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
 
 import baselines
@@ -374,8 +375,8 @@ def optimiser_of(args, parameters):
 
 def rate(schedule, progress):
     """Factor of the learning rate at `progress` in [0,1)."""
-    if schedule == "one-cycle":  # 10 % linear warm-up, then half a cosine to 0
-        return progress / 0.1 + 0.01 if progress < 0.1 else (1 + math.cos(math.pi * (progress - 0.1) / 0.9)) / 2
+    if schedule == "one-cycle":  # 30 % linear warm-up, then half a cosine to 0; post-norm layers need the long warm-up
+        return progress / 0.3 + 0.01 if progress < 0.3 else (1 + math.cos(math.pi * (progress - 0.3) / 0.7)) / 2
     return 0.1 if schedule == "step" and progress >= 0.8 else 1.0
 
 
@@ -975,7 +976,7 @@ def predict(args):
             verdict = "defective" if score > entry["threshold"] else "normal"
             relative = path.relative_to(source) if source.is_dir() else Path(path.name)
             overlay = out / relative.with_name(f"{relative.name}.overlay.png")
-            figures.save(figures.Image.fromarray(
+            figures.save(Image.fromarray(
                 figures.overlay(image, maps[0].cpu().numpy(), entry["low"], entry["high"])), overlay)  # fmt: skip
             lines.writerow([path, f"{score:.6g}", f"{entry['threshold']:.6g}", verdict, overlay])
             file.flush()
