@@ -342,7 +342,7 @@ class CNN(FeatureMethod):
     Design ours, as the MLP's, with BatchNorm after each hidden layer.
     """
 
-    recipe = Recipe(epochs=20, lr=1e-3)
+    recipe = Recipe(epochs=8, lr=1e-3)
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -438,7 +438,7 @@ class Transformer(FeatureMethod):
     UniAD without its three remedies: no learned query, no mask, no jitter. Design ours (section 3.1 gives none).
     """
 
-    recipe = Recipe(epochs=10)
+    recipe = Recipe(epochs=5)
 
     def __init__(self, *, width=256, heads=8, layers=8, hidden=1024, dropout=0.1, **kwargs):
         super().__init__(**kwargs)
@@ -498,19 +498,21 @@ class UniAD(FeatureMethod):
         h = LN(Q_l + Attn(Q_l + p, m + p, m));  h = LN(h + Attn(h + p, o + p, o));  o = LN(h + FFN(h))
 
     Paper: section 3.3 and appendix; 7,717,392 trainable parameters at 14x14 tokens of 272 channels.
-    Ours in the default recipe: standardised features, a smaller jitter, small batches and a one-cycle schedule.
+    Ours in the default recipe: averaged and standardised features, a smaller jitter, no dropout, batches of 4 and a
+    one-cycle schedule whose warm-up takes 30 % (at 10 % the loss stalled); the demo's network is a quarter as wide.
     query, mask, jitter = False take one remedy out (the ablation): without its query a decoder layer starts from
     its input, as a plain layer does.
     """
 
-    recipe = Recipe(epochs=16, lr=5e-4, batch_size=4, clip=1.0, options={"alpha": 8.0, "dropout": 0.0}, demo={"epochs": 8})
+    recipe = Recipe(epochs=16, lr=5e-4, batch_size=4, clip=1.0, options={"alpha": 8.0, "dropout": 0.0},
+                    demo={"epochs": 45, "batch_size": 8, "lr": 2e-3, "width": 128, "hidden": 256, "layers": 1})  # fmt: skip
     paper_recipe = Recipe(
         epochs=1000,
         batch_size=64,
         lr=1e-4,
         schedule="step",
         clip=0.1,
-        options={"standardise": False, "resize": "bilinear"},
+        options={"alpha": 20.0, "dropout": 0.1, "standardise": False, "resize": "bilinear"},
     )
 
     def __init__(
@@ -1069,6 +1071,9 @@ class FADeR(EAR):
     arXiv 2407.04597, 2024. The paper: two layers, soft masks on the skips, signals from patch-wise reconstruction
     errors, no defect labels, any deterministic masking. Ours, since normal images alone would only say "keep": the
     errors come from `disturb`, pasted over the visible part of the masked input and of which the clean image is known.
+    Tried on MVTec AD's bottle (128x128, width 16, 30 epochs, spectral saliency; image AUROC): EAR .908, control .833;
+    target "error", skip 0 .905, skips 0 to 2 .911; "restore", skip 0 .908, per channel .908. One seed, one category:
+    the differences among the attenuators are within noise, so the default is the paper's form.
     target: "error" fits a to 1 - error per patch; "restore" trains a through the frozen decoder to restore the image.
     attenuate: which skips, 0 = shallow. shallow_off: the control, the shallow skip switched off and no attenuator.
     """

@@ -951,11 +951,13 @@ def test_standardised_features_have_mean_0_and_std_1_and_raw_ones_are_left_alone
 
 @torch.no_grad()
 def test_tokens_are_the_levels_of_the_backbone_on_one_grid_row_by_row():
-    method, images = build(models.MLP), random_images()
-    tokens = method.tokens(images).unflatten(1, (8, 8))  # (B,H,W,C)
-    levels = method.backbone(images)
-    assert torch.allclose(tokens[..., -120:].permute(0, 3, 1, 2), levels[3])  # stride 16 is the grid itself
-    assert torch.allclose(tokens[:, -1, -1, :16], levels[0][:, :, -1, -1], atol=1e-6)  # corners meet: align_corners
+    images = random_images()
+    for resize, fine in (("average", lambda f: f[:, :, -8:, -8:].mean((2, 3))), ("bilinear", lambda f: f[:, :, -1, -1])):
+        method = build(models.MLP, resize=resize)
+        tokens = method.tokens(images).unflatten(1, (8, 8))  # (B,H,W,C)
+        levels = method.backbone(images)
+        assert torch.allclose(tokens[..., -120:].permute(0, 3, 1, 2), levels[3], atol=1e-6)  # stride 16 is the grid
+        assert torch.allclose(tokens[:, -1, -1, :16], fine(levels[0]), atol=1e-5)  # 8x8 of stride 2, or the corner
 
 
 @torch.no_grad()
@@ -965,7 +967,7 @@ def test_a_token_that_is_not_restored_shows_in_the_map_at_its_place_with_its_dis
     error[0, 0, :2] = torch.tensor([3.0, 4.0])  # the first token, whose pixel is the corner
     monkeypatch.setattr(method, "reconstruct", lambda f: f + error)
     maps = method.anomaly_map((f,))
-    assert maps[0, 0, 0] == maps.max() == 5 and maps[0, 20:].max() == 0 and maps[0, :, 20:].max() == 0
+    assert maps[0, 0, 0] == maps.max() == 5 and maps[0, 24:].max() == 0 and maps[0, :, 24:].max() == 0
     assert method.image_score(maps).item() == pytest.approx(maps[0, :16, :16].mean().item())
 
 
