@@ -505,7 +505,8 @@ class UniAD(FeatureMethod):
     """
 
     recipe = Recipe(epochs=16, lr=5e-4, batch_size=4, clip=1.0, options={"alpha": 8.0, "dropout": 0.0},
-                    demo={"epochs": 45, "batch_size": 8, "lr": 2e-3, "width": 128, "hidden": 256, "layers": 1})  # fmt: skip
+                    demo={"epochs": 45, "batch_size": 8, "lr": 2e-3,
+                          "width": 128, "hidden": 256, "layers": 1})  # fmt: skip
     paper_recipe = Recipe(
         epochs=1000,
         batch_size=64,
