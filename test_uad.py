@@ -1,4 +1,4 @@
-"""Tests: the data, the metrics, the models, the baselines, the program, in this order. Run with: python -m pytest test_uad.py
+"""Tests: the data, the metrics, the models, the baselines, the program, in this order: python -m pytest test_uad.py
 
 A test's name is the sentence it checks. Whatever needs numbers to compare with computes them the slow and obvious way.
 """
@@ -952,7 +952,8 @@ def test_standardised_features_have_mean_0_and_std_1_and_raw_ones_are_left_alone
 @torch.no_grad()
 def test_tokens_are_the_levels_of_the_backbone_on_one_grid_row_by_row():
     images = random_images()
-    for resize, fine in (("average", lambda f: f[:, :, -8:, -8:].mean((2, 3))), ("bilinear", lambda f: f[:, :, -1, -1])):
+    corner = lambda f: f[:, :, -1, -1]
+    for resize, fine in (("average", lambda f: f[:, :, -8:, -8:].mean((2, 3))), ("bilinear", corner)):
         method = build(models.MLP, resize=resize)
         tokens = method.tokens(images).unflatten(1, (8, 8))  # (B,H,W,C)
         levels = method.backbone(images)
@@ -2323,7 +2324,7 @@ def trained(program, parts):
     return "run/checkpoint.pt"
 
 
-def test_predict_writes_score_verdict_and_overlay_for_each_image_and_goes_on_after_a_broken_one(program, parts, trained):
+def test_predict_writes_score_verdict_and_overlay_and_goes_on_after_a_broken_image(program, parts, trained):
     folder = Path(shutil.copytree(parts / "chip" / "test" / "hole", "photos"))
     shutil.copy(parts / "chip" / "train" / "good" / "000.png", folder / "fine.png")
     (folder / "broken.png").write_bytes(b"no image")
@@ -2351,6 +2352,19 @@ def test_the_threshold_is_the_quantile_of_held_out_normal_images(program, parts,
             (batch,) = uad.frozen(method, [paths[index]], args, torch.device("cpu"))
             scores.append(method.image_score(method.anomaly_map(tuple(p.float() for p in batch))).item())
     assert entry["threshold"] == pytest.approx(max(scores), rel=1e-3)
+    of = {paths[index].parts[-4]: score for index, score in zip(held, scores)}  # one image of a category, or its last
+    assert set(entry["of"]) == set(of) and max(r["threshold"] for r in entry["of"].values()) == entry["threshold"]
+
+
+def test_a_category_named_in_prediction_is_judged_by_its_own_threshold(program, parts):
+    succeed(program, *tiny(parts, "mlp", "--out", "run"))
+    (entry,) = torch.load("run/checkpoint.pt", weights_only=True)["models"]
+    assert set(entry["of"]) == {"chip", "wood"}
+    image = parts / "wood" / "train" / "good" / "000.png"
+    for named, threshold in (("wood", entry["of"]["wood"]["threshold"]), ("chip", entry["of"]["chip"]["threshold"])):
+        printed = succeed(program, "--load", "run/checkpoint.pt", "--predict", image, "--categories", named)
+        assert f"(threshold {threshold:.4g})" in printed and "together" not in printed
+    assert "together" in succeed(program, "--load", "run/checkpoint.pt", "--predict", image)
 
 
 def test_an_exported_program_gives_the_maps_of_this_one(program, trained):

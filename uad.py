@@ -696,10 +696,11 @@ def sample_images(paths, args, device, count=256):
 
 def fit_one(method, group, args, device, label, resumed, save):
     """calibrate, prepare, train, fit, threshold. -> (entry of the checkpoint, throughput, curve)"""
-    paths = [item.path for category in group for item in category.train]
+    items = [item for category in group for item in category.train]
+    paths = [item.path for item in items]
     order = np.random.default_rng(args.seed).permutation(len(paths))
     held = {int(i) for i in order[: round(args.holdout * len(paths))]}
-    normal = [paths[i] for i in (sorted(held) or sorted(order[:256].tolist()))]
+    normal = [items[i] for i in (sorted(held) or sorted(order[:256].tolist()))]
     paths = [path for i, path in enumerate(paths) if i not in held]
     sample = sample_images(paths, args, device)
     with torch.no_grad(), precision(args, device):
@@ -717,9 +718,11 @@ def fit_one(method, group, args, device, label, resumed, save):
         # Every process sees all images here; a method without training never holds more than a few of them.
         stream = lambda: (tuple(p.float() for p in parts) for parts in frozen(method, paths, args, device))
         method.fit(prepared.batches if prepared and WORLD == 1 else stream)
-    threshold, low, high = normal_range(method, normal, args, device)
-    entry = {"name": label, "state": trained_state(method), "backbone": checksum(method), "threshold": threshold,
-             "low": low, "high": high, "held_out": bool(held)}  # fmt: skip
+    entry = {"name": label, "state": trained_state(method), "backbone": checksum(method), "held_out": bool(held)}
+    entry |= normal_range(method, [item.path for item in normal], args, device)
+    # One model may score one part ten times as high as another: each category has its own threshold and colours.
+    named = {c.name: [item.path for item in normal if item.category == c.name] for c in group}
+    entry["of"] = {name: normal_range(method, own, args, device) for name, own in named.items() if own}
     return entry, speed, curve
 
 
@@ -751,7 +754,7 @@ class Observer:
 
 @torch.no_grad()
 def normal_range(method, paths, args, device):
-    """Threshold of the image score, and the colour scale of overlays, both from normal images alone."""
+    """Threshold of the image score, and the colour scale low to high of overlays, both from normal images alone."""
     scores, maps = [], []
     for parts in frozen(method, paths, args, device):
         batch = method.anomaly_map(tuple(part.float() for part in parts)).float()
@@ -760,7 +763,7 @@ def normal_range(method, paths, args, device):
     maps = torch.cat(maps).numpy()
     low, top = float(np.quantile(maps, 0.99)), float(maps.max())
     threshold = float(np.quantile(torch.cat(scores).numpy(), args.quantile, method="higher"))
-    return threshold, low, max(2 * top - low, low + 1e-6)
+    return {"threshold": threshold, "low": low, "high": max(2 * top - low, low + 1e-6)}
 
 
 def run(args):
@@ -811,7 +814,8 @@ def run(args):
         ratios += [copy_ratio(method, twins(method, group, args, device))] if args.copy_ratio else []
         if args.panels and RANK == 0:
             for category in group:
-                panels(method, category, scored[category.name], entry, args, device, out)
+                ranges = entry | entry["of"].get(category.name, {})
+                panels(method, category, scored[category.name], ranges, args, device, out)
 
     keys = ("prepare_images_per_s", "train_images_per_s", "test_images_per_s")
     speeds = {k: float(np.mean([s[k] for s in speeds if s.get(k)] or [math.nan])) for k in keys}
@@ -941,7 +945,8 @@ def load_for_use(args, device):
                 f"{', '.join(e['name'] for e in entries)}."
             )
         entries = wanted
-    return reload(args, device, entries[0]), entries[0]
+    entry, named = entries[0], args.categories or []
+    return reload(args, device, entry), entry | (entry["of"].get(named[0], {}) if len(named) == 1 else {})
 
 
 @torch.no_grad()
@@ -957,6 +962,8 @@ def predict(args):
         raise UserError(f"--predict {source} holds no image ({', '.join(sorted(data.EXTENSIONS))}).")
     out = Path(args.out or Path(args.load).parent / "predictions")
     out.mkdir(parents=True, exist_ok=True)
+    if len(entry["of"]) > 1 and len(args.categories or []) != 1:
+        say(f"note: one threshold for {', '.join(entry['of'])} together; name one with --categories for its own")
     if not entry["held_out"]:
         say("note: the threshold was set on training images, which score lower than new ones; train with --holdout 0.1")
     skipped = 0
