@@ -433,7 +433,7 @@ class PatchSVDD(Method):
 
     def calibrate(self, images):
         if images.shape[-1] < 128:
-            raise MethodError(f"--size {images.shape[-1]} is too small for the patches of psvdd: use --size 128 or more.")
+            raise MethodError(f"--size {images.shape[-1]} is too small: psvdd compares patches of 64, use 128 or more.")
 
     def fit(self, batches):
         count = sum(len(images) for (images,) in batches())

@@ -499,7 +499,7 @@ class UniAD(FeatureMethod):
 
     Paper: section 3.3 and appendix; 7,717,392 trainable parameters at 14x14 tokens of 272 channels.
     Ours in the default recipe: averaged and standardised features, a smaller jitter, no dropout, batches of 4 and a
-    one-cycle schedule whose warm-up takes 30 % (at 10 % the loss stalled); the demo's network is a quarter as wide.
+    one-cycle schedule whose warm-up takes 30 % (at 10 % the loss stalled); the demo's network is smaller.
     query, mask, jitter = False take one remedy out (the ablation): without its query a decoder layer starts from
     its input, as a plain layer does.
     """
