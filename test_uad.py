@@ -2379,6 +2379,11 @@ def test_an_exported_program_gives_the_maps_of_this_one(program, trained):
     assert torch.allclose(maps, expected, atol=1e-4) and torch.allclose(scores, method.image_score(expected), atol=1e-4)
 
 
+def test_a_checkpoint_of_another_version_is_refused(program, trained):
+    torch.save(torch.load(trained, weights_only=True) | {"version": 1}, "old.pt")
+    refuse(program, ["old.pt", "version 1"], "--load", "old.pt")
+
+
 def test_runs_are_compared_in_text_markdown_and_a_picture(program, parts, trained):
     shutil.copytree("run", "other")
     printed = succeed(program, "--compare", "run", "other")

@@ -646,6 +646,9 @@ def restore(method, state):
             getattr(owner, leaf).data.copy_(value)
 
 
+VERSION = 2  # of the checkpoint's content
+
+
 def read_checkpoint(path, method=None):
     """A checkpoint's content. Raises UserError when it cannot be read or belongs to another method."""
     try:
@@ -655,6 +658,8 @@ def read_checkpoint(path, method=None):
         raise UserError(f"--load {path} does not exist: name a checkpoint.pt that a run has written.") from None
     except Exception as error:
         raise UserError(f"{path} is not a checkpoint of this program ({type(error).__name__}): train again.") from None
+    if content["version"] != VERSION:
+        raise UserError(f"{path} is of version {content['version']}, this program reads {VERSION}: train again.")
     if method and content["method"] != method:
         raise UserError(f"{path} is a checkpoint of {content['method']}, not of {method}: leave --method out.")
     return content
@@ -871,7 +876,7 @@ def machine(device):
 def identity(args):
     """What a checkpoint must tell to be loaded: plain values only, so that weights_only can stay on."""
     plain = {k: v for k, v in vars(args).items() if isinstance(v, (str, int, float, bool, list, type(None)))}
-    return {"version": 1, "method": args.method, "options": args.options, "config": plain}
+    return {"version": VERSION, "method": args.method, "options": args.options, "config": plain}
 
 
 def resume_from(path, args):
@@ -1093,6 +1098,9 @@ def main(argv=None):
         return 0
     except (UserError, data.DataError, models.MethodError) as error:
         message = str(error)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        sys.stdout = open(os.devnull, "w")
+        return 0
     except torch.OutOfMemoryError:
         message = "The GPU's memory is full: lower --batch-size or --size."
     except (MemoryError, OSError) as error:
