@@ -271,12 +271,15 @@ CHUNK = 16  # images prepared or tested at a time
 
 
 def frozen(method, paths, args, device):
-    """Decodes, resizes and prepares image files; yields tuples of tensors (b,...) on the device, in half precision."""
+    """Decodes, resizes and prepares image files; yields tuples of tensors (b,...) on the device.
+
+    Rounded to half precision, so that cached and streamed images give the same numbers.
+    """
     images = data.load_images(paths, args.size, args.workers)
     while chunk := list(itertools.islice(images, CHUNK)):
         batch = torch.from_numpy(np.stack(chunk)).to(device).permute(0, 3, 1, 2).float() / 255
         with torch.no_grad(), precision(args, device):
-            yield tuple(part.half() for part in method.prepare(batch))
+            yield tuple(part.half().float() for part in method.prepare(batch))
 
 
 def free_memory():
@@ -512,7 +515,7 @@ def evaluate(method, categories, args, device, cached=None):
         source = cached[category.name].batches() if cached else frozen(method, paths, args, device)
         scores, maps = [], []
         for parts in source:
-            batch_maps = method.anomaly_map(tuple(part.float() for part in parts)).float()
+            batch_maps = method.anomaly_map(parts).float()
             scores.extend(method.image_score(batch_maps).tolist())
             maps.extend(batch_maps.cpu().numpy())
         scores, maps = np.array(gather(list(zip(mine, scores)))), gather(list(zip(mine, maps)))
@@ -563,7 +566,7 @@ def copy_ratio(method, pairs):
     method.eval()
     sums = []
     for *prepared, masks in pairs:
-        clean, defective = (method.reconstruction(tuple(part.float() for part in parts)) for parts in prepared)
+        clean, defective = (method.reconstruction(parts) for parts in prepared)
         sums.append(models.copy_ratio(clean, defective, masks))
     if not sums or not sums[0]:
         return None
@@ -721,7 +724,7 @@ def fit_one(method, group, args, device, label, resumed, save):
     method.eval()
     with torch.no_grad():
         # Every process sees all images here; a method without training never holds more than a few of them.
-        stream = lambda: (tuple(p.float() for p in parts) for parts in frozen(method, paths, args, device))
+        stream = lambda: frozen(method, paths, args, device)
         method.fit(prepared.batches if prepared and WORLD == 1 else stream)
     entry = {"name": label, "state": trained_state(method), "backbone": checksum(method), "held_out": bool(held)}
     entry |= normal_range(method, [item.path for item in normal], args, device)
@@ -762,7 +765,7 @@ def normal_range(method, paths, args, device):
     """Threshold of the image score, and the colour scale low to high of overlays, both from normal images alone."""
     scores, maps = [], []
     for parts in frozen(method, paths, args, device):
-        batch = method.anomaly_map(tuple(part.float() for part in parts)).float()
+        batch = method.anomaly_map(parts).float()
         scores.append(method.image_score(batch).cpu())
         maps.append(batch.flatten(1)[:, ::7].cpu())  # every seventh pixel tells the distribution as well
     maps = torch.cat(maps).numpy()
@@ -898,9 +901,9 @@ def resume_from(path, args):
 
 
 @torch.no_grad()
-def panels(method, category, scored, entry, args, device, out):
+def panels(method, category, scores, entry, args, device, out):
     """panels/CATEGORY.png: the worst false alarms, the worst misses and the clearest find of each kind of defect."""
-    scores, items = scored, category.test
+    items = category.test
     by_score = sorted(range(len(items)), key=lambda i: scores[i])
     good, bad = [i for i in by_score if not items[i].label], [i for i in by_score if items[i].label]
     chosen = {**dict.fromkeys(good[-2:][::-1], "false alarm"), **dict.fromkeys(bad[:2], "miss")}
@@ -908,8 +911,7 @@ def panels(method, category, scored, entry, args, device, out):
         chosen.setdefault(next(i for i in reversed(bad) if items[i].defect == kind), "")
     chosen = dict(itertools.islice(chosen.items(), 8))
     reference = data.read_image(category.train[0].path, args.size)
-    (parts,) = frozen(method, [items[i].path for i in chosen], args, device) if len(chosen) <= CHUNK else (None,)
-    parts = tuple(part.float() for part in parts)
+    (parts,) = frozen(method, [items[i].path for i in chosen], args, device)  # eight at most: one batch
     maps, pairs = method.anomaly_map(parts).float().cpu().numpy(), method.reconstruction(parts)
     rows = []
     for row, (i, verdict) in enumerate(chosen.items()):
@@ -983,7 +985,7 @@ def predict(args):
                 print(f"skipped: {error}", file=sys.stderr)
                 skipped += 1
                 continue
-            maps = method.anomaly_map(tuple(part.float() for part in parts)).float()
+            maps = method.anomaly_map(parts).float()
             score = method.image_score(maps).item()
             verdict = "defective" if score > entry["threshold"] else "normal"
             relative = path.relative_to(source) if source.is_dir() else Path(path.name)
