@@ -304,8 +304,7 @@ class FeatureMethod(Method):
     def anomaly_map(self, batch):
         distance = (self.reconstruct(batch[0]).float() - batch[0]).norm(dim=-1)  # (B,L)
         distance = distance.view(-1, 1, self.grid, self.grid)
-        corners = self.resize == "bilinear"  # the map goes back to the image as the features came from it
-        return F.interpolate(distance, (self.size, self.size), mode="bilinear", align_corners=corners).squeeze(1)
+        return F.interpolate(distance, (self.size, self.size), mode="bilinear", align_corners=True).squeeze(1)
 
     def image_score(self, maps):
         return F.avg_pool2d(maps.unsqueeze(1), 16, stride=1).amax((1, 2, 3))
@@ -390,10 +389,15 @@ class Attention(nn.Module):
         for linear in (self.q, self.k, self.v, self.out):
             nn.init.zeros_(linear.bias)
 
-    def forward(self, q, k, v, mask=None):
+    def forward(self, q, k, v, mask=None, bands=None):
+        """bands: where the mask is a local one, which slices of q and k can meet at all (`row_bands`)."""
         q, k, v = self.q(q), self.k(k), self.v(v)  # (B,L,C)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for x in (q, k, v))  # (B,heads,L,d)
-        return self.out(attend(q, k, v, mask, self.dropout).transpose(-3, -2).flatten(-2))
+        if bands is None:
+            x = attend(q, k, v, mask, self.dropout)
+        else:
+            x = torch.cat([attend(q[..., i, :], k[..., j, :], v[..., j, :], mask[i, j]) for i, j in bands], -2)
+        return self.out(x.transpose(-3, -2).flatten(-2))
 
 
 def attend(q, k, v, mask, dropout=None):
@@ -481,6 +485,17 @@ def neighbour_mask(grid, window):
     near = (side[:, None] - side).abs() <= window // 2  # (H,H): rows near each other; columns likewise
     near = near[:, None, :, None] & near[None, :, None, :]
     return torch.zeros(grid**2, grid**2).masked_fill_(near.reshape(grid**2, grid**2), -torch.inf)
+
+
+def row_bands(grid, window):
+    """-> list of (tokens, tokens they can see), slices: a few rows of the grid, and all rows within half a window.
+
+    Local attention by bands leaves out most of the all-pairs product and gives the same numbers.
+    """
+    reach = window // 2
+    return [(slice(top * grid, (top + reach + 1) * grid),
+             slice(max(0, top - reach) * grid, (top + 2 * reach + 1) * grid))
+            for top in range(0, grid, reach + 1)]  # fmt: skip
 
 
 def add_jitter(f, alpha):
@@ -581,8 +596,8 @@ class ReferenceLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x, reference, only_near, only_far):
-        a = self.local(x, reference, reference, only_near)
+    def forward(self, x, reference, only_near, only_far, bands=None):
+        a = self.local(x, reference, reference, only_near, bands)
         b = self.learnable_key(x, reference, x, only_far)
         y = self.norm1(2 * a + b)
         return self.norm2(y + self.ffn(y))
@@ -597,7 +612,7 @@ class ReferenceNet(nn.Module):
         self.project_x, self.project_reference = nn.Linear(channels, width), nn.Linear(channels, width)
         self.layers = nn.ModuleList(ReferenceLayer(width, heads) for _ in range(layers))
         self.norm, self.project_out = nn.LayerNorm(width), nn.Linear(width, channels)
-        far = neighbour_mask(grid, window_of(grid))  # -inf inside the window
+        far, self.bands = neighbour_mask(grid, window_of(grid)), row_bands(grid, window_of(grid))  # -inf in the window
         self.register_buffer("only_far", far, persistent=False)
         self.register_buffer("only_near", torch.zeros_like(far).masked_fill_(far == 0, -torch.inf), persistent=False)
         self.register_buffer("position", sine_position(grid, width), persistent=False)
@@ -608,7 +623,7 @@ class ReferenceNet(nn.Module):
         x = self.project_x(f) + self.position
         reference = self.project_reference(self.reference) + self.position
         for layer in self.layers:
-            x = layer(x, reference, self.only_near, self.only_far)
+            x = layer(x, reference, self.only_near, self.only_far, self.bands)
         return self.project_out(self.norm(x))
 
 

@@ -1039,6 +1039,19 @@ def test_attention_by_hand_as_for_dropout_and_bfloat16_equals_the_fused_one():
         assert torch.equal(models.attend(q, k, v, mask, half.eval()), fused)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("grid, window", [(8, 5), (7, 3), (12, 7), (5, 9)])
+def test_local_attention_by_bands_of_rows_equals_the_masked_one_over_all(grid, window):
+    torch.manual_seed(0)
+    mask, attention = models.neighbour_mask(grid, window), models.Attention(16, 2).eval()
+    local = torch.zeros_like(mask).masked_fill_(mask == 0, -torch.inf)
+    q, k, v = torch.randn(3, 2, grid**2, 16)
+    bands = models.row_bands(grid, window)
+    assert torch.allclose(attention(q, k, v, local, bands), attention(q, k, v, local), atol=1e-6)
+    pairs = sum(torch.zeros(grid**2, grid**2)[i, j].numel() for i, j in bands)
+    assert pairs < grid**4 or window >= grid  # it does leave something out
+
+
 def test_dropout_drops_at_its_rate_and_keeps_the_mean():
     torch.manual_seed(0)
     dropout, x = models.Dropout(0.1).train(), torch.ones(999, 1001, requires_grad=True)  # not a multiple of eight
@@ -1164,14 +1177,15 @@ def test_rlr_asks_the_reference_only_inside_its_window_and_takes_values_only_out
     assert near.sum() == models.window_of(grid) ** 2 and torch.equal(net.only_far[centre] == 0, ~near)
     layer.local.out.weight.zero_()
     layer.local.out.bias.zero_()
-    only_far = layer(x, reference, net.only_near, net.only_far)[0, centre]
+    masks = net.only_near, net.only_far, net.bands
+    only_far = layer(x, reference, *masks)[0, centre]
     moved = x.clone()
     moved[0, near] += 1  # also the centre, whose query is the only part that may change: keep it
     moved[0, centre] = x[0, centre]
-    assert torch.allclose(layer(moved, reference, net.only_near, net.only_far)[0, centre], only_far, atol=1e-6)
+    assert torch.allclose(layer(moved, reference, *masks)[0, centre], only_far, atol=1e-6)
     moved[0, ~near] += 1
-    assert not torch.allclose(layer(moved, reference, net.only_near, net.only_far)[0, centre], only_far, atol=1e-3)
-    local = lambda r: layer.local(x, r, r, net.only_near)[0, centre]
+    assert not torch.allclose(layer(moved, reference, *masks)[0, centre], only_far, atol=1e-3)
+    local = lambda r: layer.local(x, r, r, net.only_near, net.bands)[0, centre]
     layer.local.out.weight.copy_(torch.eye(32))
     changed = reference.clone()
     changed[0, ~near] += 1
