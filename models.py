@@ -1136,6 +1136,31 @@ class FADeR(EAR):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Decoder(nn.Module):
+    """Feature levels -> image, so that people can see what a feature reconstruction shows. Not part of any method.
+
+    channels, grids: of each level; size: side of the image. forward: list of (B,C_l,g_l,g_l) -> (B,3,S,S) in [0,1].
+    """
+
+    def __init__(self, channels, grids, size):
+        super().__init__()
+        self.grid, self.size = max(grids), size
+        block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())
+        doublings = max(0, math.ceil(math.log2(size / 2 / self.grid)))  # half the side: features tell no finer detail
+        widths = [max(32, 128 >> i) for i in range(doublings + 1)]
+        self.start = block(sum(channels), widths[0])
+        self.up = nn.ModuleList(block(i, o) for i, o in zip(widths, widths[1:]))
+        self.out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, levels):
+        resize = partial(F.interpolate, mode="bilinear")
+        x = self.start(torch.cat([resize(f.float(), size=(self.grid, self.grid)) for f in levels], 1))
+        for block in self.up:
+            x = block(resize(x, scale_factor=2))
+        return resize(self.out(x).sigmoid().float(), size=(self.size, self.size))
+
+
 def copy_ratio(pairs_clean, pairs_defective, masks):
     """How much of a defect a reconstructor copies: 1 = whole, 0 = restored to normal. Ours, not a paper's.
 

@@ -33,9 +33,11 @@ import baselines
 import data
 import metrics
 import models
+import published as published_numbers
 import uad
 from baselines import FCDD, CutPaste
 from data import DataError, Item, find_categories, load_images, read_image, read_mask, write_synthetic
+from published import published
 
 HERE = Path(uad.__file__).parent
 
@@ -2427,3 +2429,60 @@ def test_panels_and_a_curve_are_drawn(program, parts):
     printed = succeed(program, *tiny(parts, "mlp", "--out", "run", "--eval-every", 2, "--panels", "--epochs", 2))
     assert Image.open("run/panels/chip.png").width > 600 and Image.open("run/curve.png").width > 600
     assert "image_auroc: peak" in printed and len(results("run")["curve"]["all"]) == 2
+
+
+def test_a_decoder_shows_features_as_pictures_that_resemble_the_images(program, parts):
+    printed = succeed(program, *tiny(parts, "mlp", "--out", "run", "--decode", "--panels"))
+    args = uad.parse(["--load", "run/checkpoint.pt"])
+    method = uad.reload(args, torch.device("cpu"), args.loaded["models"][0])
+    groups = find_categories(parts)
+    decoder = uad.fit_decoder(method, groups, args, torch.device("cpu"), steps=60)
+    images = uad.sample_images([item.path for c in groups for item in c.train], args, torch.device("cpu"))
+    with torch.no_grad():
+        pictures = decoder([level[0] for level in method.reconstruction(method.prepare(images))])
+    assert pictures.shape == images.shape and "decoder" in printed
+    own, others = ((pictures - x).abs().mean().item() for x in (images, images.roll(4, 0)))  # 4 images a category
+    assert own < 0.12 and own < 0.5 * others
+    plain, decoded = (Image.open(f"{out}/panels/chip.png") for out in (
+        Path(succeed(program, *tiny(parts, "mlp", "--out", "plain", "--panels")) and "plain"), Path("run")))
+    assert decoded.width == plain.width + 2 * 136  # two columns more
+    assert uad.fit_decoder(build(models.PlainUNet, width=8, size=128), groups, args, torch.device("cpu")) is None
+
+
+def test_the_published_numbers_stand_beside_a_run_with_what_differs(program, parts):
+    assert published("padim", "bottle", unified=True) == "97.9/96.1"
+    assert published("padim", "cable", unified=False) == "92.7/96.7~"
+    assert published("ear", "bottle", unified=False) == "99.7/-" and published("ear", "bottle", unified=True) is None
+    assert published("fcdd", "bottle", unified=True) == "-/56.0" and published("cutpaste", "bottle", False) == "98.2/-"
+    assert published("uniad", "zipper", unified=True) == "95.8/96.8" and published("uniad", "bolt", True) is None
+    assert published("mlp", "bottle", unified=True) is None
+    shutil.copytree(parts / "chip", "mvtec/bottle")
+    succeed(program, *tiny("mvtec", "uniad", "--out", "run", "--epochs", 1))
+    printed = succeed(program, "--compare", "run")
+    assert "run, published" in printed and "99.7/98.1" in printed
+    assert "the paper has one model for 15 categories, efficientnet_b4, 224x224, 1000 epochs" in printed
+    assert "this run one model for 1 categories, efficientnet_lite2, 128x128, 1 epochs" in printed
+
+
+@pytest.mark.parametrize("method", [*uad.METHODS])
+def test_the_means_of_the_published_tables_are_those_of_their_cells(method):
+    for table in (published_numbers.IMAGE_AUROC, published_numbers.PIXEL_AUROC, published_numbers.EAR_IMAGE_AUROC):
+        categories = [line.split()[0] for line in table.strip().splitlines()[1:-1]]
+        assert len(categories) == 15
+        read = lambda category: published_numbers.look_up(table, method, category).strip("~").split("/")
+        for side in (0, 1):
+            cells = [read(category)[side] for category in categories]
+            if "-" not in cells:
+                assert np.mean([float(cell) for cell in cells]) == pytest.approx(float(read("mean")[side]), abs=0.15)
+
+
+def test_the_ablation_takes_out_each_remedy_and_all(program, parts, monkeypatch):
+    seen = []
+    monkeypatch.setattr(uad, "run", lambda args: seen.append(args) or {
+        "copy_ratio": [0.1 * len(seen)], "mean": {"image_auroc": 0.9, "pixel_auroc": None}})
+    code, printed, _ = program("--ablate", "--data", parts, *TINY)
+    switches = [tuple(args.options[name] for name in ("query", "mask", "jitter")) for args in seen]
+    assert switches == [(True, True, True), (False, True, True), (True, False, True), (True, True, False), (False,) * 3]
+    assert code == 0 and len({args.out for args in seen}) == 5 and {args.method for args in seen} == {"uniad"}
+    assert all(args.copy_ratio and args.epochs == 4 for args in seen)
+    assert "| no jitter | 0.900 | - | 0.400 |" in printed

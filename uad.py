@@ -37,6 +37,7 @@ import data
 import figures
 import metrics
 import models
+from published import published
 
 METHODS = models.METHODS | baselines.METHODS
 
@@ -172,6 +173,7 @@ def add_program_options(p):
     p.add_argument("--out", metavar="FOLDER", help="default: runs/METHOD-DATA")
     p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     p.add_argument("--seeds", type=int, default=1, metavar="N", help="N runs from --seed on: mean and deviation")
+    p.add_argument("--ablate", action="store_true", help="UniAD without its query, mask, jitter and all: one table")
     p.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 …; default: %(default)s")
     p.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="auto",
                    help="auto: bf16 where the processor multiplies it natively")  # fmt: skip
@@ -189,6 +191,8 @@ def add_program_options(p):
     p.add_argument(
         "--panels", action=argparse.BooleanOptionalAction, default=True, help="pictures of test images in --out"
     )
+    p.add_argument("--decode", action="store_true",
+                   help="show features in the panels as pictures, by a decoder trained on normal images")  # fmt: skip
     p.add_argument("--holdout", type=float, default=0.0, metavar="SHARE",
                    help="of the training images, kept out to set the threshold; default: none")  # fmt: skip
     p.add_argument("--quantile", type=float, default=0.99, metavar="Q",
@@ -821,9 +825,10 @@ def run(args):
         speeds.append(speed)
         ratios += [copy_ratio(method, twins(method, group, args, device))] if args.copy_ratio else []
         if args.panels and RANK == 0:
+            decoder = fit_decoder(method, group, args, device) if args.decode else None
             for category in group:
                 ranges = entry | entry["of"].get(category.name, {})
-                panels(method, category, scored[category.name], ranges, args, device, out)
+                panels(method, category, scored[category.name], ranges, args, device, out, decoder)
 
     keys = ("prepare_images_per_s", "train_images_per_s", "test_images_per_s")
     speeds = {k: float(np.mean([s[k] for s in speeds if s.get(k)] or [math.nan])) for k in keys}
@@ -888,7 +893,8 @@ def resume_from(path, args):
         raise UserError(f"--resume: there is no {path}: nothing was interrupted there; leave --resume out.")
     content = read_checkpoint(path, args.method)
     changed = [k for k in ("method", "options") if content[k] != identity(args)[k]]
-    free = {"out", "device", "workers", "cache", "save_every", "resume", "panels", "copy_ratio", "eval_every", "seeds"}
+    free = {"out", "device", "workers", "cache", "save_every", "resume", "panels", "decode", "copy_ratio", "eval_every",
+            "seeds"}  # fmt: skip
     now = identity(args)["config"]
     changed += sorted(k for k in now.keys() - free - {"method"} if content["config"].get(k) != now[k])
     if changed:
@@ -900,8 +906,34 @@ def resume_from(path, args):
 # Pictures, prediction, export, comparison
 
 
+def fit_decoder(method, group, args, device, steps=600):
+    """--decode: a network from the features of normal images to their pixels; None where a method has no features.
+
+    What it makes of a *reconstruction* shows with one's own eyes whether a defect was restored or copied.
+    """
+    images = sample_images([item.path for category in group for item in category.train], args, device)
+    with torch.no_grad(), precision(args, device):
+        chunks = [method.reconstruction(method.prepare(chunk)) for chunk in images.split(CHUNK)]
+    if not chunks[0] or chunks[0][0][0].shape[1] == 3:  # nothing reconstructed, or an image, which needs no decoder
+        return None
+    levels = [torch.cat([target.float() for target, _ in level]) for level in zip(*chunks)]
+    decoder = models.Decoder([f.shape[1] for f in levels], [f.shape[-1] for f in levels], args.size).to(device)
+    optimiser, progress = torch.optim.AdamW(decoder.parameters(), 2e-3, fused=True), Progress("decoder", steps)
+    for step in range(steps):
+        for parameters in optimiser.param_groups:
+            parameters["lr"] = 2e-3 * rate("one-cycle", step / steps)
+        chosen = torch.randint(len(images), (8,), device=device)
+        with precision(args, device):
+            loss = (decoder([f[chosen] for f in levels]) - images[chosen]).abs().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        progress.update(step + 1, f"  loss {loss.item():.4f}")
+    return decoder.eval()
+
+
 @torch.no_grad()
-def panels(method, category, scores, entry, args, device, out):
+def panels(method, category, scores, entry, args, device, out, decoder=None):
     """panels/CATEGORY.png: the worst false alarms, the worst misses and the clearest find of each kind of defect."""
     items = category.test
     by_score = sorted(range(len(items)), key=lambda i: scores[i])
@@ -913,12 +945,14 @@ def panels(method, category, scores, entry, args, device, out):
     reference = data.read_image(category.train[0].path, args.size)
     (parts,) = frozen(method, [items[i].path for i in chosen], args, device)  # eight at most: one batch
     maps, pairs = method.anomaly_map(parts).float().cpu().numpy(), method.reconstruction(parts)
+    decoded = [picture(x) for x in map(decoder, zip(*pairs))] if decoder else []
     rows = []
     for row, (i, verdict) in enumerate(chosen.items()):
         item, image = items[i], data.read_image(items[i].path, args.size)
         wrong = (scores[i] > entry["threshold"]) != bool(item.label)
         images = {"normal reference": reference, "input": image}
         if pairs:
+            images |= {name: x[row] for name, x in zip(("features decoded", "restored, decoded"), decoded)}
             images |= restored_tile(*(x[row].float().cpu() for x in pairs[0]))
         known = category.has_masks and (item.masks or not item.label)
         images["ground truth"] = data.read_mask(item, args.size) if known else None
@@ -934,10 +968,15 @@ def panels(method, category, scores, entry, args, device, out):
     )
 
 
+def picture(images):
+    """(...,3,S,S) in [0,1] -> (...,S,S,3) uint8."""
+    return (images.movedim(-3, -1).clamp(0, 1) * 255).byte().cpu().numpy()
+
+
 def restored_tile(target, restored):
     """The reconstruction where it is an image, else its distance to the target, place by place."""
     if target.shape[0] == 3:
-        return {"reconstruction": (restored.permute(1, 2, 0).clamp(0, 1).numpy() * 255).astype(np.uint8)}
+        return {"reconstruction": picture(restored)}
     return {"feature distance": (restored - target).norm(dim=0).numpy()}
 
 
@@ -1042,18 +1081,52 @@ def compare(folders):
     names = sorted({name for r in runs.values() for name in r["categories"]})
     show = lambda row: "-" if row is None else "/".join(
         "-" if row[m] is None else f"{100 * row[m]:.1f}" for m in ("image_auroc", "pixel_auroc"))  # fmt: skip
-    header = ["image/pixel AUROC", *names, "mean", "seconds"]
-    lines = [
-        [run, *(show(r["categories"].get(n)) for n in names), show(r["mean"]), f"{r['seconds']:.0f}"]
-        for run, r in runs.items()
-    ]
-    say(figures.text_table(header, lines), "", figures.markdown_table(header, lines), sep="\n")
+    header, lines, notes = ["image/pixel AUROC", *names, "mean", "seconds"], [], []
+    for run, r in runs.items():
+        lines.append([run, *(show(r["categories"].get(n)) for n in names), show(r["mean"]), f"{r['seconds']:.0f}"])
+        paper = [published(r["method"], n, r["unified"]) if n in r["categories"] else None for n in names]
+        if any(paper):
+            lines.append([f"{run}, published", *(cell or "-" for cell in paper), "-", "-"])
+            notes.append(protocol(run, r))
+    say(figures.text_table(header, lines), "", figures.markdown_table(header, lines), *notes, sep="\n")
     bars = {
         run: {m.replace("_auroc", ""): (r["mean"][m], None) for m in ("image_auroc", "pixel_auroc")}
         for run, r in runs.items()
     }
     figures.bars(bars, "compare.png", "Mean AUROC")
     say("wrote compare.png")
+    return 0
+
+
+def protocol(run, results):
+    """What to bear in mind when a run is set beside its paper's numbers, in one line."""
+    cls, config, trained = METHODS[results["method"]], results["config"], results["throughput"]["train_images_per_s"]
+    paper, backbone = cls.paper_recipe or cls.recipe, method_defaults(cls).get("backbone")
+    sides = []
+    for count, net, size, epochs in ((15, backbone, paper.size, paper.epochs),
+                                     (len(results["categories"]), results["backbone"], config["size"],
+                                      config["epochs"])):  # fmt: skip
+        what = [f"one model for {count} categories" if results["unified"] else "one model per category", net]
+        sides.append(", ".join([*filter(None, what), f"{size}x{size}"] + ([f"{epochs} epochs"] if trained else [])))
+    return f"{run}: the paper has {sides[0]}; this run {sides[1]}."
+
+
+ABLATION = {"all three": "", "no query": "--no-query", "no mask": "--no-mask", "no jitter": "--no-jitter",
+            "none": "--no-query --no-mask --no-jitter"}  # fmt: skip
+
+
+def ablation(argv):
+    """--ablate: UniAD with its three remedies, without each and without all: AUROC and copy ratio in one table."""
+    rows, base = [], argv[: argv.index("--ablate")] + argv[argv.index("--ablate") + 1 :]
+    for name, switches in ABLATION.items():
+        args = parse([*base, "--method", "uniad", "--copy-ratio", *switches.split()])
+        args.out = f"{args.out or 'runs/ablation'}/{name.replace(' ', '-')}"
+        results = run(args)
+        ratio = [r for r in results["copy_ratio"] if r is not None]
+        mean = [results["mean"][m] for m in ("image_auroc", "pixel_auroc")]
+        rows.append([name, *mean, float(np.mean(ratio)) if ratio else None])
+    header = ["remedies", "image AUROC", "pixel AUROC", "copy ratio"]
+    say("", figures.text_table(header, rows), "", figures.markdown_table(header, rows), sep="\n")
     return 0
 
 
@@ -1093,6 +1166,8 @@ def main(argv=None):
             return predict(args)
         if args.export:
             return export(args)
+        if args.ablate:
+            return ablation(argv)
         if args.method is None and args.data is None:
             return demo(argv)
         args.method = args.method or "uniad"
