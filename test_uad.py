@@ -2472,8 +2472,9 @@ def test_the_means_of_the_published_tables_are_those_of_their_cells(method):
         read = lambda category: published_numbers.look_up(table, method, category).strip("~").split("/")
         for side in (0, 1):
             cells = [read(category)[side] for category in categories]
+            rounded = 0.15 if "." in "".join(cells) else 0.5  # FCDD prints whole percents
             if "-" not in cells:
-                assert np.mean([float(cell) for cell in cells]) == pytest.approx(float(read("mean")[side]), abs=0.15)
+                assert abs(np.mean([float(cell) for cell in cells]) - float(read("mean")[side])) < rounded
 
 
 def test_the_ablation_takes_out_each_remedy_and_all(program, parts, monkeypatch):
