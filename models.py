@@ -382,6 +382,10 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
+        if width % heads or width % 2:
+            raise MethodError(
+                f"A width of {width} cannot be dealt to {heads} heads: --width must be even and a multiple of --heads."
+            )
         self.heads, self.dropout = heads, Dropout(dropout)
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         for linear in (self.q, self.k, self.v):  # as one (3C,C) matrix, which is how nn.MultiheadAttention draws them

@@ -2136,6 +2136,33 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(program, parts,
     assert 0 < steps["n"] <= 8 - 3 and not Path("broken/unfinished.pt").exists()
 
 
+@pytest.mark.parametrize("phase, call, lost", [
+    ("sample_images", 1, 4), ("frozen", 1, 4), ("rate", 4, 1), ("normal_range", 1, 1), ("evaluate", 1, 0),
+    ("panels", 1, 0), ("report", 1, 0),
+], ids=["calibration", "preparation", "training", "threshold", "evaluation", "panels", "report"])
+def test_a_run_killed_in_any_phase_loses_at_most_one_interval(program, parts, monkeypatch, phase, call, lost):
+    """Of four steps with a checkpoint after each of the first three."""
+    command = [*tiny(parts, "mlp", "--save-every", 0, "--categories", "wood"), "--panels", "--out"]
+    succeed(program, *command, "whole")
+    real, calls = getattr(uad, phase), Counter()
+
+    def killed(*args, **kwargs):
+        calls["n"] += 1
+        if calls["n"] == call:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(uad, phase, killed)
+        assert program(*command, "run")[0] == 130
+    assert not Path("run/results.json").exists() and not list(Path("run").glob("*.part"))
+    started = Path("run/unfinished.pt").exists()
+    assert started == (lost < 4)
+    steps = count_calls(monkeypatch, uad.Step, "forward")
+    succeed(program, *command, "run", *["--resume"] * started)
+    assert numbers("run") == numbers("whole") and steps["n"] == lost
+
+
 def test_a_run_with_other_options_is_not_resumed(program, parts, monkeypatch):
     command = tiny(parts, "mlp", "--out", "run", "--save-every", 0)
     with monkeypatch.context() as patch:
@@ -2239,11 +2266,33 @@ def test_bad_data_ends_the_run_with_one_sentence_that_names_it(program, copied, 
     ("mlp", "--eval-every -1", ["--eval-every"]),
     ("uniad", "--dropout 1.5", ["--dropout"]),
     ("uniad", "--alpha -1", ["--alpha"]),
+    ("uniad", "--layers 0", ["--layers"]),
+    ("uniad", "--width 100", ["--width", "100", "8 heads"]),
+    ("unet", "--width 0", ["--width"]),
+    ("unet", "--width 300000", ["memory", "--width"]),
     ("uniad", "--size 96", ["--size", "96"]),  # 6x6 tokens: the window would hide them all
 ])
 def test_a_bad_option_is_refused_with_one_sentence_that_names_it(program, parts, monkeypatch, method, argv, words):
     monkeypatch.setattr(uad, "train", lambda *_: pytest.fail("it trains"))
     refuse(program, words, *tiny(parts, method), *argv.split())
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(program, parts, monkeypatch):
+    real = Path.mkdir
+
+    def read_only(path, *args, **kwargs):
+        if "locked" in path.parts:
+            raise OSError(errno.EROFS, "Read-only file system")
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", read_only)
+    monkeypatch.setattr(uad, "train", lambda *_: pytest.fail("it trains"))
+    refuse(program, ["--out", "locked/run", "Read-only"], *tiny(parts, "mlp", "--out", "locked/run"))
+
+
+def test_every_option_of_a_methods_constructor_can_be_given():
+    for cls in uad.METHODS.values():
+        assert set(uad.method_defaults(cls)) - {"size"} <= set(uad.METHOD_OPTIONS)
 
 
 @pytest.mark.parametrize("option", ["--out", "--cache"])

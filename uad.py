@@ -61,11 +61,20 @@ METHOD_OPTIONS = {  # constructor arguments of the methods, by name
     "jitter": dict(action=argparse.BooleanOptionalAction, help="feature jitter"),
     "dropout": dict(type=float, help="dropout rate"),
     "strides": dict(type=int, nargs="+", choices=[4, 8, 16], help="feature levels of rlr"),
-    "width": dict(type=int, help="filters of the first level of the U-Net"),
+    "width": dict(type=int, help="channels of the transformer, or of the first level of a U-Net"),
+    "layers": dict(type=int, help="transformer layers; uniad has as many again in its decoder"),
+    "heads": dict(type=int, help="attention heads"),
+    "hidden": dict(type=int, help="width of the feed-forward networks"),
+    "window": dict(type=int, help="side of the neighbour mask in tokens"),
     "saliency": dict(choices=["dino", "spectral"], help="what finds the region to mask"),
     "masking": dict(choices=["saliency", "mosaic", "none"], help="which part of the image is behind the mosaic"),
     "mosaic": dict(metavar="M", help="block side in pixels at 256x256, or auto: chosen from normal images"),
     "dims": dict(type=int, help="feature channels of padim; 0: by the backbone"),
+    "fields": dict(type=int, nargs="+", choices=[17, 33, 65], help="patch sizes of us"),
+    "students": dict(type=int, help="students of each patch size of us"),
+    "embedding": dict(type=int, help="channels of a patch of psvdd"),
+    "pairs": dict(type=int, help="pairs of patches of each size that psvdd draws from an image"),
+    "weight": dict(type=float, help="of the second term of the loss of psvdd and mkd"),
     "memory": dict(type=int, help="normal patches that psvdd compares with"),
     "textures": dict(metavar="FOLDER", help="images that draem pastes in; without it: generated textures"),
     "lamp": dict(action=argparse.BooleanOptionalAction, help="loss amplification: -ln(1 - e) in place of an error e"),
@@ -144,6 +153,9 @@ def parse(argv):
         ("size", args.size >= 32, "at least 32"), ("lr", 0 < args.lr < math.inf, "above 0"),
         ("weight_decay", 0 <= args.weight_decay < math.inf, "at least 0"), ("clip", args.clip >= 0, "at least 0"),
         ("eval_every", args.eval_every >= 0, "at least 0"),
+        *((name, options[name] >= 1, "at least 1") for name, how in METHOD_OPTIONS.items()
+          if how.get("type") is int and "nargs" not in how and name in options and name != "dims"),
+        ("width", options.get("width", 4) >= 4, "at least 4"), ("dims", options.get("dims", 0) >= 0, "at least 0"),
         ("dropout", 0 <= options.get("dropout", 0) < 1, "at least 0 and below 1"),
         ("alpha", options.get("alpha", 0) >= 0, "at least 0"),
     ):  # fmt: skip
@@ -604,6 +616,16 @@ def write(path, content):
         raise UserError(f"Cannot write {path} ({error}): free some space or name another folder with --out.") from None
 
 
+def writable(out):
+    """Makes the folder and tries it, before any work is done for it. Raises UserError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / f".try{RANK}").touch()
+        (out / f".try{RANK}").unlink()
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}): name another folder.") from None
+
+
 def without_nan(value):
     """NaN -> None all the way down, since JSON has no NaN."""
     if isinstance(value, dict):
@@ -731,10 +753,7 @@ def fit_one(method, group, args, device, label, resumed, save):
         stream = lambda: frozen(method, paths, args, device)
         method.fit(prepared.batches if prepared and WORLD == 1 else stream)
     entry = {"name": label, "state": trained_state(method), "backbone": checksum(method), "held_out": bool(held)}
-    entry |= normal_range(method, [item.path for item in normal], args, device)
-    # One model may score one part ten times as high as another: each category has its own threshold and colours.
-    named = {c.name: [item.path for item in normal if item.category == c.name] for c in group}
-    entry["of"] = {name: normal_range(method, own, args, device) for name, own in named.items() if own}
+    entry |= normal_range(method, normal, args, device)
     return entry, speed, curve
 
 
@@ -765,17 +784,24 @@ class Observer:
 
 
 @torch.no_grad()
-def normal_range(method, paths, args, device):
-    """Threshold of the image score, and the colour scale low to high of overlays, both from normal images alone."""
+def normal_range(method, items, args, device):
+    """Threshold of the image score, and the colour scale low to high of overlays, both from normal images alone.
+
+    One model may score one part ten times as high as another: under "of", each category has its own.
+    """
     scores, maps = [], []
-    for parts in frozen(method, paths, args, device):
+    for parts in frozen(method, [item.path for item in items], args, device):
         batch = method.anomaly_map(parts).float()
-        scores.append(method.image_score(batch).cpu())
-        maps.append(batch.flatten(1)[:, ::7].cpu())  # every seventh pixel tells the distribution as well
-    maps = torch.cat(maps).numpy()
-    low, top = float(np.quantile(maps, 0.99)), float(maps.max())
-    threshold = float(np.quantile(torch.cat(scores).numpy(), args.quantile, method="higher"))
-    return {"threshold": threshold, "low": low, "high": max(2 * top - low, low + 1e-6)}
+        scores.append(method.image_score(batch).cpu().numpy())
+        maps.append(batch.flatten(1)[:, ::7].cpu().numpy())  # every seventh pixel tells the distribution as well
+    scores, maps, names = np.concatenate(scores), np.concatenate(maps), np.array([item.category for item in items])
+
+    def limits(chosen):
+        low, top = float(np.quantile(maps[chosen], 0.99)), float(maps[chosen].max())
+        threshold = float(np.quantile(scores[chosen], args.quantile, method="higher"))
+        return {"threshold": threshold, "low": low, "high": max(2 * top - low, low + 1e-6)}
+
+    return limits(slice(None)) | {"of": {name: limits(names == name) for name in np.unique(names).tolist()}}
 
 
 def run(args):
@@ -795,8 +821,7 @@ def run(args):
             say(f"note: {note}")
     name = f"{args.method}-{Path(root).resolve().name}{'-separate' if args.separate else ''}"
     out = Path(args.out or (Path(args.load).parent / "evaluation" if args.load else f"runs/{name}"))
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: name a folder.")
+    writable(out)
     config = {k: v for k, v in vars(args).items() if k not in ("options", "loaded")} | args.options
     say("\n".join(f"  {k} = {v}" for k, v in sorted(config.items()) if v is not None))
 
@@ -1180,6 +1205,10 @@ def main(argv=None):
         return 0
     except torch.OutOfMemoryError:
         message = "The GPU's memory is full: lower --batch-size or --size."
+    except RuntimeError as error:  # PyTorch's allocator on a CPU has no exception of its own
+        if "can't allocate memory" not in str(error):
+            raise
+        message = "The memory is full: lower --batch-size, --size or --width."
     except (MemoryError, OSError) as error:
         message = f"{error or 'memory is full'}: free some space, lower --batch-size, or name another --out or --cache."
     except KeyboardInterrupt:
