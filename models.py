@@ -37,6 +37,7 @@ class Recipe:
     lr: float = 5e-4  # peak of the schedule
     weight_decay: float = 1e-4
     optimiser: str = "adamw"  # adamw | adam | sgd
+    beta2: float = 0.999  # of Adam: how long it remembers the size of gradients
     schedule: str = "one-cycle"  # one-cycle: 30 % warm-up, cosine to 0 | step: x0.1 after 80 % | constant
     clip: float = 0.0  # gradient norm is clipped to this; 0 = not at all
     options: dict = field(default_factory=dict)  # go to the constructor
@@ -523,7 +524,7 @@ class UniAD(FeatureMethod):
     its input, as a plain layer does.
     """
 
-    recipe = Recipe(epochs=16, lr=5e-4, batch_size=4, clip=1.0, options={"alpha": 8.0, "dropout": 0.0},
+    recipe = Recipe(epochs=24, lr=6e-4, beta2=0.95, batch_size=4, clip=1.0, options={"alpha": 8.0, "dropout": 0.0},
                     demo={"epochs": 45, "batch_size": 8, "lr": 2e-3,
                           "width": 128, "hidden": 256, "layers": 1})  # fmt: skip
     paper_recipe = Recipe(
@@ -1096,18 +1097,35 @@ class FADeR(EAR):
     the differences among the attenuators are within noise, so the default is the paper's form.
     target: "error" fits a to 1 - error per patch; "restore" trains a through the frozen decoder to restore the image.
     attenuate: which skips, 0 = shallow. shallow_off: the control, the shallow skip switched off and no attenuator.
+    ear: a checkpoint of one EAR model, which takes the place of stage 1.
     """
 
-    def __init__(self, *, target="error", attenuate=(0, 1, 2), per_channel=False, shallow_off=False, **kwargs):
+    def __init__(
+        self, *, target="error", attenuate=(0, 1, 2), per_channel=False, shallow_off=False, ear=None, **kwargs
+    ):
         super().__init__(**kwargs)
-        self.target, self.shallow_off = target, shallow_off
+        self.target, self.shallow_off, self.ear = target, shallow_off, ear
         channels = [block[0][0].out_channels for block in self.unet.encoder]
         self.attenuators = nn.ModuleList(Attenuator(c, per_channel) for c in channels)
         self.gates = [self.attenuators[i] if i in attenuate else None for i in range(3)]
 
     def stages(self):
         chosen = [p for gate in self.gates if gate is not None for p in gate.parameters()]
-        return [("u-net", list(self.unet.parameters())), ("attenuators", chosen)]
+        return [("u-net", list(self.unet.parameters()))] * (not self.ear) + [("attenuators", chosen)] * bool(chosen)
+
+    def calibrate(self, images):
+        if not self.ear:
+            return super().calibrate(images)
+        try:
+            (entry,) = torch.load(self.ear, map_location="cpu", weights_only=True)["models"]
+            unet = {k.removeprefix("unet."): v for k, v in entry["state"].items() if k.startswith("unet.")}
+            self.unet.load_state_dict(unet, strict=True)
+            self.frozen_mosaic = entry["state"]["frozen_mosaic"].to(images.device)
+        except Exception as error:
+            raise MethodError(
+                f"{self.ear} is not a checkpoint of one EAR model of this width ({type(error).__name__}): name the "
+                f"checkpoint.pt of a run of ear with the same --width."
+            ) from None
 
     def restore(self, batch):
         gates = [lambda skip: skip * 0, None, None] if self.shallow_off else self.gates

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
@@ -1407,40 +1408,54 @@ def test_the_copy_ratio_is_1_for_a_copy_0_for_a_restoration_and_looks_at_the_def
 
 
 @pytest.fixture(scope="module")
-def twins(tmp_path_factory):
-    """Features of synthetic images: for training, and of test images with and without their defect; and the masks."""
+def twin_images(tmp_path_factory):
+    """Synthetic images (N,3,128,128): for training, with a defect and the same without; the masks of the defects."""
     root = write_synthetic(tmp_path_factory.mktemp("twins") / "set", size=128, train=24, good=1, each=3)
-    categories, method = find_categories(root), build(models.MLP, weights="default")
+    categories = find_categories(root)
     defective = [item for c in categories for item in c.test if item.label]
     sets = [[item.path for c in categories for item in c.train], [item.path for item in defective],
             [item.twin for item in defective]]
     images = [torch.from_numpy(np.stack([read_image(path, 128) for path in paths])).permute(0, 3, 1, 2) / 255
               for paths in sets]
+    return *images, torch.from_numpy(np.stack([read_mask(item, 128) for item in defective]))
+
+
+@pytest.fixture(scope="module")
+def twins(twin_images):
+    """The same as features."""
+    *images, masks = twin_images
+    method = build(models.MLP, weights="default")
     with torch.no_grad():
         method.calibrate(images[0])
-        features = [torch.cat([method.prepare(chunk)[0] for chunk in part.split(24)]) for part in images]
-    return *features, torch.from_numpy(np.stack([read_mask(item, 128) for item in defective]))
+        return *(torch.cat([method.prepare(chunk)[0] for chunk in part.split(24)]) for part in images), masks
 
 
 @torch.no_grad()
 def how_much_is_copied(method, bad, clean, masks):
     method.eval()
-    sums = models.copy_ratio(method.reconstruction((clean,)), method.reconstruction((bad,)), masks)
+    bad, clean = (x if isinstance(x, tuple) else (x,) for x in (bad, clean))
+    sums = models.copy_ratio(method.reconstruction(clean), method.reconstruction(bad), masks)
     return sum(a for a, _ in sums) / sum(b for _, b in sums)
 
 
 def train_briefly(method, draw, steps, batch, measure, lr=2e-3, schedule="one-cycle"):
-    """Trains on what draw(batch) gives, as the program does -> measure(method) at the start, middle and end."""
-    parameters = method.stages()[0][1]
-    optimiser, seen = torch.optim.AdamW(parameters, lr, weight_decay=1e-4, fused=True), [measure(method)]
-    for step in range(steps):
-        optimiser.param_groups[0]["lr"] = lr * uad.rate(schedule, step / steps)
-        optimiser.zero_grad()
-        method.train().loss((draw(batch),), "train").backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        if step + 1 in (steps // 2, steps):
-            seen.append(measure(method))
+    """Trains each stage on what draw(batch) gives, as the program does -> measure(method) at start, middle and end."""
+    seen = [measure(method)]
+    for stage, parameters in method.stages():
+        for p in method.parameters():
+            p.requires_grad_(False)
+        for p in parameters:
+            p.requires_grad_(True)
+        optimiser = torch.optim.AdamW(parameters, lr, weight_decay=1e-4, fused=True)
+        for step in range(steps):
+            optimiser.param_groups[0]["lr"] = lr * uad.rate(schedule, step / steps)
+            optimiser.zero_grad()
+            drawn = draw(batch)
+            method.train().loss(drawn if isinstance(drawn, tuple) else (drawn,), stage).backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            if step + 1 in (steps // 2, steps):
+                seen.append(measure(method))
     return seen
 
 
@@ -1460,6 +1475,35 @@ def test_the_shortcut_an_mlp_learns_to_copy_defects_and_uniad_learns_to_restore_
         passed = (method.reconstruct(clean + noise) - method.reconstruct(clean)).square().sum() / noise.square().sum()
     print("share of the noise that passes:", passed.item())
     assert passed < 0.012
+
+
+def test_rlr_restores_what_an_mlp_copies(twins):
+    train, bad, clean, masks = (x[:, :, -120:] if x.dim() == 3 else x for x in twins)  # the level of stride 16
+    draw = lambda batch: train[torch.randint(len(train), (batch,))]
+    measure = functools.partial(how_much_is_copied, bad=bad, clean=clean, masks=masks)
+    mlp = build(models.MLP)
+    mlp.net = nn.Sequential(nn.Linear(120, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 120))
+    rlr = build(type("Narrow", (models.RLR,), {"WIDTHS": {16: 128}}))
+    copied = [train_briefly(method, draw, 200, 8, measure, 1e-3) for method in (mlp, rlr)]
+    print("copy ratio at start, middle, end: MLP, RLR", *copied)
+    assert copied[0][2] > 0.4 and copied[1][2] < 0.5 * copied[0][2]
+
+
+def test_what_a_u_net_copies_is_restored_where_it_is_hidden_and_damped_where_it_shows(twin_images):
+    *images, masks = twin_images
+    images, masks = [F.avg_pool2d(x, 2) for x in images], masks[:, ::2, ::2]
+    copied = {}
+    for name, cls in (("unet", models.PlainUNet), ("fader", models.FADeR)):
+        method = build(cls, size=64, mosaic=16)
+        with torch.no_grad():
+            train, bad, clean = map(method.prepare, images)
+        pick = lambda chosen: tuple(part[chosen] for part in train)
+        draw = lambda batch: pick(torch.randint(len(train[0]), (batch,)))
+        measure = functools.partial(how_much_is_copied, bad=bad, clean=clean, masks=masks)
+        seen = train_briefly(method, draw, 150, 8, measure)
+        copied |= {"unet": seen[2]} if name == "unet" else {"ear": seen[2], "fader": seen[4]}  # a stage each
+    print("copy ratio:", copied)
+    assert copied["unet"] > 0.8 and copied["ear"] < 0.85 * copied["unet"] and copied["fader"] < copied["ear"] - 0.003
 
 
 def test_where_there_is_nothing_to_learn_but_copying_an_mlp_copies_and_uniad_cannot():
@@ -2161,6 +2205,21 @@ def test_a_run_killed_in_any_phase_loses_at_most_one_interval(program, parts, mo
     steps = count_calls(monkeypatch, uad.Step, "forward")
     succeed(program, *command, "run", *["--resume"] * started)
     assert numbers("run") == numbers("whole") and steps["n"] == lost
+
+
+def test_fader_takes_a_trained_ear_for_its_first_stage(program, parts):
+    wood = ("--categories", "wood", "--out")
+    succeed(program, *tiny(parts, "ear", *wood, "ear"))
+    succeed(program, *tiny(parts, "fader", "--ear", "ear/checkpoint.pt", *wood, "loaded"))
+    succeed(program, *tiny(parts, "fader", *wood, "whole"))
+    ear, loaded, whole = (torch.load(f"{run}/checkpoint.pt", weights_only=True)["models"][0]["state"]
+                          for run in ("ear", "loaded", "whole"))  # fmt: skip
+    for name, value in ear.items():
+        assert torch.equal(value, loaded[name]) and torch.equal(value, whole[name])
+    Path("ear/checkpoint.pt").unlink()  # it is not needed any more
+    succeed(program, "--load", "loaded/checkpoint.pt", "--out", "again", "--attenuate", "--no-panels")
+    assert numbers("again") == numbers("ear")  # without an attenuator it is EAR
+    refuse(program, ["ear/checkpoint.pt"], *tiny(parts, "fader", "--ear", "ear/checkpoint.pt", *wood, "none"))
 
 
 def test_a_run_with_other_options_is_not_resumed(program, parts, monkeypatch):

@@ -78,7 +78,8 @@ METHOD_OPTIONS = {  # constructor arguments of the methods, by name
     "memory": dict(type=int, help="normal patches that psvdd compares with"),
     "textures": dict(metavar="FOLDER", help="images that draem pastes in; without it: generated textures"),
     "lamp": dict(action=argparse.BooleanOptionalAction, help="loss amplification: -ln(1 - e) in place of an error e"),
-    "attenuate": dict(type=int, nargs="+", choices=[0, 1, 2], help="skips with an attenuator, 0 = shallow"),
+    "attenuate": dict(type=int, nargs="*", choices=[0, 1, 2], help="skips with an attenuator, 0 = shallow"),
+    "ear": dict(metavar="CHECKPOINT", help="of an ear run of one model: fader trains its attenuators alone"),
     "target": dict(choices=["error", "restore"], help="what the attenuators learn from"),
     "per_channel": dict(action=argparse.BooleanOptionalAction, help="one attenuation a channel, not one a place"),
     "shallow_off": dict(action=argparse.BooleanOptionalAction, help="the control: no attenuator, shallow skip off"),
@@ -151,6 +152,7 @@ def parse(argv):
             p.error(f"argument --{field.replace('_', '-')}: must be at least 1.")
     for field, fits, words in (
         ("size", args.size >= 32, "at least 32"), ("lr", 0 < args.lr < math.inf, "above 0"),
+        ("beta2", 0 <= args.beta2 < 1, "at least 0 and below 1"),
         ("weight_decay", 0 <= args.weight_decay < math.inf, "at least 0"), ("clip", args.clip >= 0, "at least 0"),
         ("eval_every", args.eval_every >= 0, "at least 0"),
         *((name, options[name] >= 1, "at least 1") for name, how in METHOD_OPTIONS.items()
@@ -389,7 +391,8 @@ def optimiser_of(args, parameters):
     fused = dict(lr=args.lr, weight_decay=args.weight_decay, fused=True)  # one kernel for all parameters, also on a CPU
     if args.optimiser == "sgd":
         return torch.optim.SGD(parameters, momentum=0.9, **fused)
-    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimiser](parameters, **fused)
+    adam = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimiser]
+    return adam(parameters, betas=(0.9, args.beta2), **fused)
 
 
 def rate(schedule, progress):
