@@ -212,6 +212,7 @@ class UninformedStudents(Method):
         self.register_buffer("frozen_mean", torch.zeros(channels, 1, 1))
         self.register_buffer("frozen_std", torch.ones(channels, 1, 1))
         self.register_buffer("spread", torch.ones(len(fields), 2))  # std of e and of v on normal images
+        self.to(memory_format=torch.channels_last)  # by a third faster on a CPU
 
     def patch_net(self, field, width):
         """A CNN that sees field x field pixels; padded to S / stride descriptors, centre on centre."""
@@ -594,6 +595,7 @@ class DRAEM(Method):
         self.textures, self.files = textures, None
         self.restorer = EncoderDecoder(3, 3, width, skips=False)
         self.marker = EncoderDecoder(6, 2, width // 2, skips=True)
+        self.to(memory_format=torch.channels_last)  # by a third faster on a CPU
 
     def calibrate(self, images):
         """Looks for the textures before any work is done. Raises MethodError."""
