@@ -645,7 +645,7 @@ class RLR(Method):
     Ours in the default recipe: standardised features and a one-cycle schedule.
     """
 
-    recipe = Recipe(size=256, epochs=20, batch_size=4, lr=2e-4, clip=1.0, options={"alpha": 4.0},
+    recipe = Recipe(size=256, epochs=10, batch_size=4, lr=4e-4, clip=1.0, options={"alpha": 4.0},
                     demo={"size": 128, "epochs": 8})  # fmt: skip
     paper_recipe = Recipe(
         size=256, epochs=200, batch_size=4, lr=1e-4, weight_decay=0.0, optimiser="adam", schedule="constant",
