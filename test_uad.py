@@ -1960,7 +1960,7 @@ def test_bfloat16_training_stays_finite(name):
 
 TINY = ("--size", 128, "--epochs", 4, "--batch-size", 4, "--device", "cpu", "--workers", 1, "--no-panels")
 RUN_KEYS = {"method", "data", "backbone", "unified", "seed", "config", "categories", "mean", "throughput",
-            "peak_memory_bytes"}
+            "peak_memory_bytes", "phases"}
 
 
 @pytest.fixture(scope="module")
@@ -2060,6 +2060,7 @@ def test_a_method_trains_and_writes_the_documented_results(program, parts, metho
     for name in metrics.NAMES:
         assert found["mean"][name] == pytest.approx(np.mean([row[name] for row in found["categories"].values()]))
     assert set(found["throughput"]) == {"prepare_images_per_s", "train_images_per_s", "test_images_per_s"}
+    assert all(value > 0 for value in found["phases"].values()) and sum(found["phases"].values()) <= found["seconds"]
     assert all(value is None or value > 0 for value in found["throughput"].values())
     assert found["throughput"]["test_images_per_s"] > 0 and found["peak_memory_bytes"] > 2**26
     assert "I-AUROC" in printed and all(name in printed for name in ("chip", "wood", "mean"))

@@ -747,9 +747,11 @@ def fit_one(method, group, args, device, label, resumed, save):
     start, curve, speed, prepared = time.perf_counter(), [], {}, None
     if method.stages():
         prepared = Prepared(method, paths[RANK::WORLD], args, device, f"{label} prepare")
-        speed["prepare_images_per_s"] = len(paths) / (time.perf_counter() - start)
-        observe = Observer(method, group, args, device, curve)
+        speed["prepare_s"] = time.perf_counter() - start
+        speed["prepare_images_per_s"] = len(paths) / speed["prepare_s"]
+        observe, start = Observer(method, group, args, device, curve), time.perf_counter()
         speed["train_images_per_s"] = train(method, prepared, args, device, label, resumed, save, observe)
+        speed["train_s"] = time.perf_counter() - start
     method.eval()
     with torch.no_grad():
         # Every process sees all images here; a method without training never holds more than a few of them.
@@ -807,21 +809,26 @@ def normal_range(method, items, args, device):
     return limits(slice(None)) | {"of": {name: limits(names == name) for name in np.unique(names).tolist()}}
 
 
-def run(args):
-    """Trains or loads, evaluates, reports. -> the content of results.json."""
-    start, device = time.perf_counter(), pick_device(args.device)
-    root = args.data
-    if root is None:
+def find_data(args):
+    """-> (root, categories): of --data, or of synthetic data written to ./synthetic. Says what is odd about them."""
+    root = args.data or "synthetic"
+    if args.data is None:
+        say("no --data: synthetic data in ./synthetic")
         if RANK == 0:
-            data.write_synthetic("synthetic")
+            data.write_synthetic(root)
         if WORLD > 1:
             dist.barrier()
-        root = "synthetic"
-        say("no --data: synthetic data in ./synthetic")
     categories = data.find_categories(root, args.categories)
     for category in categories:
         for note in category.notes:
             say(f"note: {note}")
+    return root, categories
+
+
+def run(args):
+    """Trains or loads, evaluates, reports. -> the content of results.json."""
+    start, device = time.perf_counter(), pick_device(args.device)
+    root, categories = find_data(args)
     name = f"{args.method}-{Path(root).resolve().name}{'-separate' if args.separate else ''}"
     out = Path(args.out or (Path(args.load).parent / "evaluation" if args.load else f"runs/{name}"))
     writable(out)
@@ -850,7 +857,7 @@ def run(args):
                 save(None)  # a test image that cannot be read must not cost the training
         found, speed["test_images_per_s"], scored = evaluate(method, group, args, device)
         rows.update(found)
-        speeds.append(speed)
+        speeds.append(speed | {"test_s": sum(len(c.test) for c in group) / speed["test_images_per_s"]})
         ratios += [copy_ratio(method, twins(method, group, args, device))] if args.copy_ratio else []
         if args.panels and RANK == 0:
             decoder = fit_decoder(method, group, args, device) if args.decode else None
@@ -858,18 +865,24 @@ def run(args):
                 ranges = entry | entry["of"].get(category.name, {})
                 panels(method, category, scored[category.name], ranges, args, device, out, decoder)
 
-    keys = ("prepare_images_per_s", "train_images_per_s", "test_images_per_s")
-    speeds = {k: float(np.mean([s[k] for s in speeds if s.get(k)] or [math.nan])) for k in keys}
-    results = without_nan({
-        "method": args.method, "data": str(root), "backbone": args.options.get("backbone"),
-        "unified": not args.separate,
-        "seed": args.seed, "config": config, "categories": rows, "mean": mean_row(rows), "throughput": speeds,
-        "peak_memory_bytes": peak_memory(device), "seconds": time.perf_counter() - start, "device": machine(device),
-        "copy_ratio": ratios, "curve": curves,
-    })  # fmt: skip
+    results = summary(rows, speeds, config, time.perf_counter() - start, device)
+    results |= {"data": str(root), "copy_ratio": without_nan(ratios), "curve": without_nan(curves)}
     if RANK == 0:
         report(results, entries, args, out)
     return results
+
+
+def summary(rows, speeds, config, seconds, device):
+    """The content of results.json, less what only `run` knows. Metrics are fractions; an undefined one is None."""
+    keys = ("prepare_images_per_s", "train_images_per_s", "test_images_per_s")
+    return without_nan({
+        "method": config["method"], "data": None, "backbone": config.get("backbone"),
+        "unified": not config["separate"], "seed": config["seed"], "config": config,
+        "categories": rows, "mean": mean_row(rows),
+        "throughput": {k: float(np.mean([s[k] for s in speeds if s.get(k)] or [math.nan])) for k in keys},
+        "phases": {k: sum(s.get(f"{k}_s", 0) for s in speeds) for k in ("prepare", "train", "test")},
+        "peak_memory_bytes": peak_memory(device), "seconds": seconds, "device": machine(device),
+    })  # fmt: skip
 
 
 def report(results, entries, args, out):
@@ -887,7 +900,8 @@ def report(results, entries, args, out):
                 curve, f"{args.method}, {label}", out / ("curve.png" if label == "all" else f"curve-{label}.png")
             )
     speed = ", ".join(f"{k.split('_')[0]} {v:.0f}" for k, v in results["throughput"].items() if v)
-    say(f"{results['seconds']:.0f} s in all; images per second: {speed}; peak memory "
+    phases = ", ".join(f"{k} {v:.0f} s" for k, v in results["phases"].items() if v)
+    say(f"{results['seconds']:.0f} s in all ({phases}); images per second: {speed}; peak memory "
         f"{results['peak_memory_bytes'] / 2**30:.1f} GiB; {results['device']}; wrote {out}/")  # fmt: skip
 
 
