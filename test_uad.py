@@ -2535,13 +2535,14 @@ def test_a_prediction_that_cannot_be_made_is_refused(program, trained, words, op
 
 
 def test_panels_and_a_curve_are_drawn(program, parts):
-    printed = succeed(program, *tiny(parts, "mlp", "--out", "run", "--eval-every", 2, "--panels", "--epochs", 2))
+    printed = succeed(program, *tiny(parts, "mlp", "--out", "run", "--eval-every", 2, "--panels", "--epochs", 2, "--copy-ratio"))
     assert Image.open("run/panels/chip.png").width > 600 and Image.open("run/curve.png").width > 600
     assert "image_auroc: peak" in printed and len(results("run")["curve"]["all"]) == 2
+    assert results("run")["curve"]["all"][-1]["copy_ratio"] == pytest.approx(results("run")["copy_ratio"][0], rel=1e-3)
 
 
 def test_a_decoder_shows_features_as_pictures_that_resemble_the_images(program, parts):
-    printed = succeed(program, *tiny(parts, "mlp", "--out", "run", "--decode", "--panels"))
+    printed = succeed(program, *tiny(parts, "mlp", "--out", "run", "--decode", "--panels", "--copy-ratio"))
     args = uad.parse(["--load", "run/checkpoint.pt"])
     method = uad.reload(args, torch.device("cpu"), args.loaded["models"][0])
     groups = find_categories(parts)
@@ -2556,6 +2557,14 @@ def test_a_decoder_shows_features_as_pictures_that_resemble_the_images(program, 
         Path(succeed(program, *tiny(parts, "mlp", "--out", "plain", "--panels")) and "plain"), Path("run")))
     assert decoded.width == plain.width + 2 * 136  # two columns more
     assert uad.fit_decoder(build(models.PlainUNet, width=8, size=128), groups, args, torch.device("cpu")) is None
+
+
+def test_reading_prepared_images_leaves_gradients_switched_on(parts):
+    args, device = uad.parse([str(word) for word in tiny(parts)]), torch.device("cpu")
+    method, paths = build(models.MLP), [item.path for category in find_categories(parts) for item in category.train]
+    for _ in zip(uad.frozen(method, paths, args, device), uad.frozen(method, paths, args, device)):
+        assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+    assert torch.is_grad_enabled()
 
 
 def test_the_published_numbers_stand_beside_a_run_with_what_differs(program, parts):

@@ -297,7 +297,8 @@ def frozen(method, paths, args, device):
     while chunk := list(itertools.islice(images, CHUNK)):
         batch = torch.from_numpy(np.stack(chunk)).to(device).permute(0, 3, 1, 2).float() / 255
         with torch.no_grad(), precision(args, device):
-            yield tuple(part.half().float() for part in method.prepare(batch))
+            parts = tuple(part.half().float() for part in method.prepare(batch))
+        yield parts  # outside: a generator that waits inside a context would switch it off and on for its reader
 
 
 def free_memory():
