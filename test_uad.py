@@ -1292,6 +1292,30 @@ def test_ears_mask_is_the_same_on_every_call_and_hides_just_its_part():
         assert models.EAR(size=128, width=8, masking=masking, mosaic=16).mask(images).mean() == share
 
 
+@torch.no_grad()
+def test_dinos_saliency_is_the_attention_of_the_cls_token_to_the_patches_mean_of_heads():
+    torch.manual_seed(0)
+    dino, images, seen = models.DinoSaliency("none", 64), random_images(2, 64), []
+    nn.init.normal_(dino.vit.encoder.pos_embedding)  # else all patches attend alike
+    last = dino.vit.encoder.layers[-1]
+    hook = last.ln_1.register_forward_hook(lambda module, args, out: seen.append(out))
+    found = dino(images)
+    hook.remove()
+    (x,), attention = seen, last.self_attention
+    q, k, _ = (x @ attention.in_proj_weight.T + attention.in_proj_bias).unflatten(-1, (3, 6, 64)).unbind(2)
+    weights = torch.einsum("bihd,bjhd->bhij", q, k).div(8).softmax(-1).mean(1)
+    expected = weights[:, 0, 1:].view(2, 1, 8, 8)
+    assert torch.allclose(found, F.interpolate(expected, (64, 64), mode="bilinear").squeeze(1), atol=1e-6)
+    assert expected.std() > 1e-4
+
+
+def test_what_is_suspicious_lies_above_each_saliencys_threshold():
+    ramp = torch.linspace(2, 3, 100).view(1, 10, 10)
+    assert models.suspicious(ramp, "dino").flatten().tolist() == [float(i >= 22) for i in range(100)]
+    above = ramp.mean() + 2 / 3 * ramp.std()
+    assert torch.equal(models.suspicious(ramp, "spectral")[:, 0], (ramp > above).float())
+
+
 def test_dino_weights_load_under_their_own_names_and_others_are_refused(tmp_path):
     vit = models.DinoSaliency("none", 64).vit
     names = (("encoder.layers.encoder_layer_", "blocks."), ("ln_1", "norm1"), ("ln_2", "norm2"),
@@ -2535,7 +2559,8 @@ def test_a_prediction_that_cannot_be_made_is_refused(program, trained, words, op
 
 
 def test_panels_and_a_curve_are_drawn(program, parts):
-    printed = succeed(program, *tiny(parts, "mlp", "--out", "run", "--eval-every", 2, "--panels", "--epochs", 2, "--copy-ratio"))
+    options = ("--out", "run", "--eval-every", 2, "--panels", "--epochs", 2, "--copy-ratio")
+    printed = succeed(program, *tiny(parts, "mlp", *options))
     assert Image.open("run/panels/chip.png").width > 600 and Image.open("run/curve.png").width > 600
     assert "image_auroc: peak" in printed and len(results("run")["curve"]["all"]) == 2
     assert results("run")["curve"]["all"][-1]["copy_ratio"] == pytest.approx(results("run")["copy_ratio"][0], rel=1e-3)
