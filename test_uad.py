@@ -1355,6 +1355,9 @@ def test_auto_mosaic_comes_from_normal_images_alone_and_is_the_same_every_time()
     method = models.EAR(size=128, width=8, saliency="spectral")
     method.calibrate(waves.expand(32, 3, 128, 128).contiguous())
     assert method.frozen_mosaic.item() < 64
+    given = models.EAR(size=64, width=8, saliency="spectral", mosaic=4)
+    given.calibrate(fixed[:, :, :64, :64])
+    assert given.frozen_mosaic == 4
 
 
 def test_attenuation_lies_between_0_and_1_and_is_the_identity_at_1():
@@ -2501,8 +2504,34 @@ def test_the_threshold_is_the_quantile_of_held_out_normal_images(program, parts,
             (batch,) = uad.frozen(method, [paths[index]], args, torch.device("cpu"))
             scores.append(method.image_score(method.anomaly_map(tuple(p.float() for p in batch))).item())
     assert entry["threshold"] == pytest.approx(max(scores), rel=1e-3)
-    of = {paths[index].parts[-4]: score for index, score in zip(held, scores)}  # one image of a category, or its last
-    assert set(entry["of"]) == set(of) and max(r["threshold"] for r in entry["of"].values()) == entry["threshold"]
+
+
+def test_each_category_has_the_threshold_of_its_own_normal_images(program, parts):
+    succeed(program, *tiny(parts, "mlp", "--out", "run", "--quantile", 0.5))
+    args, device = uad.parse(["--load", "run/checkpoint.pt"]), torch.device("cpu")
+    (entry,) = args.loaded["models"]
+    method, found = uad.reload(args, device, entry), {}
+    for category in find_categories(parts):
+        with torch.no_grad():
+            (batch,) = uad.frozen(method, [item.path for item in category.train], args, device)
+            scores = sorted(method.image_score(method.anomaly_map(batch)).tolist())
+        found[category.name] = scores[2]  # of four, the first that half of them lie below
+        assert entry["of"][category.name]["threshold"] == pytest.approx(scores[2], rel=1e-3)
+    assert abs(found["chip"] - found["wood"]) > 0.01 * found["wood"]
+
+
+def test_prediction_takes_the_model_of_the_category_named_from_a_separate_run(program, parts):
+    succeed(program, *tiny(parts, "mlp", "--out", "run", "--separate"))
+    image = parts / "wood" / "train" / "good" / "000.png"
+    args, device = uad.parse(["--load", "run/checkpoint.pt"]), torch.device("cpu")
+    for entry in args.loaded["models"]:
+        method = uad.reload(args, device, entry)
+        with torch.no_grad():
+            (batch,) = uad.frozen(method, [image], args, device)
+            score = method.image_score(method.anomaly_map(batch)).item()
+        printed = succeed(program, "--load", "run/checkpoint.pt", "--predict", image, "--categories", entry["name"])
+        assert f"score {score:.4g} (threshold {entry['threshold']:.4g})" in printed
+    refuse(program, ["chip", "wood", "--categories"], "--load", "run/checkpoint.pt", "--predict", image)
 
 
 def test_a_category_named_in_prediction_is_judged_by_its_own_threshold(program, parts):
