@@ -2250,6 +2250,19 @@ def test_fader_takes_a_trained_ear_for_its_first_stage(program, parts):
     refuse(program, ["ear/checkpoint.pt"], *tiny(parts, "fader", "--ear", "ear/checkpoint.pt", *wood, "none"))
 
 
+def test_the_optimiser_and_the_rate_are_those_of_the_options():
+    for name, cls in (("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)):
+        args = uad.parse(f"--optimiser {name} --lr 0.5 --weight-decay 0.25 --beta2 0.75".split())
+        optimiser = uad.optimiser_of(args, [nn.Parameter(torch.zeros(1))])
+        assert type(optimiser) is cls and optimiser.defaults["lr"] == 0.5 and optimiser.defaults["weight_decay"] == 0.25
+        assert optimiser.defaults.get("betas", (0.9, 0.75)) == (0.9, 0.75)
+        assert optimiser.defaults.get("momentum", 0.9) == 0.9
+    at = lambda schedule: [uad.rate(schedule, progress) for progress in (0, 0.15, 0.3, 0.65, 0.79, 0.81, 1)]
+    half = [(1 + math.cos(math.pi * x)) / 2 for x in (0, 0.5, 0.7, 51 / 70, 1)]
+    assert at("one-cycle") == pytest.approx([0.01, 0.51, *half]) and at("constant") == [1.0] * 7
+    assert at("step") == [1.0] * 5 + [0.1] * 2
+
+
 def test_a_run_with_other_options_is_not_resumed(program, parts, monkeypatch):
     command = tiny(parts, "mlp", "--out", "run", "--save-every", 0)
     with monkeypatch.context() as patch:
