@@ -446,9 +446,17 @@ class PatchSVDD(Method):
                 found[side].append(h[:, order.to(h.device)].flatten(0, 1))
         self.bank_32, self.bank_64 = (torch.cat(found[side]) for side in self.STRIDES)
 
-    def nearest(self, h, bank):
-        """(B,D,g,g) -> distance to the nearest of (M,D), (B,g,g); one image at a time bounds the memory."""
-        return torch.stack([torch.cdist(x.flatten(1).T, bank).amin(1).view(x.shape[1:]) for x in h])
+    @staticmethod
+    def nearest(h, bank):
+        """Distance of each patch to the nearest one in memory: (B,D,g,g), (M,D) -> (B,g,g).
+
+        |h - n|^2 = |h|^2 + |n|^2 - 2 h'n, by pieces of the memory that stay in the processor's cache.
+        """
+        x, best = h.float().flatten(2).transpose(1, 2).flatten(0, 1), torch.inf  # (B g g, D)
+        for part in bank.split(256):
+            found = torch.addmm(part.square().sum(1), x, part.T, alpha=-2).amin(1)
+            best = found.clamp(max=best)
+        return (best + x.square().sum(1)).clamp_min(0).sqrt().view(len(h), *h.shape[2:])
 
     def anomaly_map(self, batch):
         (images,), product = batch, 1.0
