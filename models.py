@@ -518,8 +518,9 @@ class UniAD(FeatureMethod):
         h = LN(Q_l + Attn(Q_l + p, m + p, m));  h = LN(h + Attn(h + p, o + p, o));  o = LN(h + FFN(h))
 
     Paper: section 3.3 and appendix; 7,717,392 trainable parameters at 14x14 tokens of 272 channels.
-    Ours in the default recipe: averaged and standardised features, a smaller jitter, no dropout, batches of 4 and a
-    one-cycle schedule whose warm-up takes 30 % (at 10 % the loss stalled); the demo's network is smaller.
+    Ours in the default recipe: averaged and standardised features, a smaller jitter, no dropout, batches of 4, a short
+    memory of Adam's (beta2) and a one-cycle schedule whose warm-up takes 30 % (at 10 % the loss stalled); the demo's
+    network is smaller.
     query, mask, jitter = False take one remedy out (the ablation): without its query a decoder layer starts from
     its input, as a plain layer does.
     """
@@ -642,7 +643,7 @@ class RLR(Method):
 
     Paper: He et al., ECCV 2024, section 3. EfficientNet-B6 at 256x256, strides 8 and 16: 21,514,512 trainable
     parameters. Its code steps one shared optimiser once per level; here the levels' losses are summed, one step.
-    Ours in the default recipe: standardised features and a one-cycle schedule.
+    Ours in the default recipe: standardised features, a one-cycle schedule and 10 epochs.
     """
 
     recipe = Recipe(size=256, epochs=10, batch_size=4, lr=4e-4, clip=1.0, options={"alpha": 4.0},
