@@ -147,10 +147,8 @@ def parse(argv):
                 f"{REFUSALS.get(option, 'it has no such part')}."
             )
         options |= {option: value} if value is not None else {}
-    for field in ("size", "epochs", "batch_size", "workers", "seeds"):
-        if getattr(args, field) < 1:
-            p.error(f"argument --{field.replace('_', '-')}: must be at least 1.")
     for field, fits, words in (
+        *((name, getattr(args, name) >= 1, "at least 1") for name in ("epochs", "batch_size", "workers", "seeds")),
         ("size", args.size >= 32, "at least 32"), ("lr", 0 < args.lr < math.inf, "above 0"),
         ("beta2", 0 <= args.beta2 < 1, "at least 0 and below 1"),
         ("weight_decay", 0 <= args.weight_decay < math.inf, "at least 0"), ("clip", args.clip >= 0, "at least 0"),
@@ -288,6 +286,11 @@ class Progress:
 CHUNK = 16  # images prepared or tested at a time
 
 
+def as_batch(images, device):
+    """List of (S,S,3) uint8 -> (B,3,S,S) in [0,1] on the device."""
+    return torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2).float() / 255
+
+
 def frozen(method, paths, args, device):
     """Decodes, resizes and prepares image files; yields tuples of tensors (b,...) on the device.
 
@@ -295,7 +298,7 @@ def frozen(method, paths, args, device):
     """
     images = data.load_images(paths, args.size, args.workers)
     while chunk := list(itertools.islice(images, CHUNK)):
-        batch = torch.from_numpy(np.stack(chunk)).to(device).permute(0, 3, 1, 2).float() / 255
+        batch = as_batch(chunk, device)
         with torch.no_grad(), precision(args, device):
             parts = tuple(part.half().float() for part in method.prepare(batch))
         yield parts  # outside: a generator that waits inside a context would switch it off and on for its reader
@@ -308,6 +311,13 @@ def free_memory():
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return math.inf
+
+
+def hash_state(key, method, prefixes):
+    """Adds to a hash the tensors of the state dict whose names begin with a prefix, or one of a tuple."""
+    for name, tensor in sorted(method.state_dict().items()):
+        if name.startswith(prefixes):
+            key.update(tensor.cpu().contiguous().numpy().tobytes())
 
 
 class Prepared:
@@ -340,9 +350,7 @@ class Prepared:
         for path in paths:
             stat = os.stat(path)
             key.update(f"{Path(path).resolve()} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        for name, tensor in sorted(method.state_dict().items()):
-            if name.startswith(("backbone.", "frozen_")):
-                key.update(tensor.cpu().contiguous().numpy().tobytes())
+        hash_state(key, method, ("backbone.", "frozen_"))
         folder = Path(args.cache) / f"{key.hexdigest()[:16]}-{RANK}"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
@@ -710,9 +718,7 @@ def build(args, device):
 def checksum(method):
     """Of the frozen backbone: a checkpoint does not hold it, so it must be the same one again."""
     key = hashlib.sha256()
-    for name, tensor in sorted(method.state_dict().items()):
-        if name.startswith("backbone."):
-            key.update(tensor.cpu().contiguous().numpy().tobytes())
+    hash_state(key, method, "backbone.")
     return key.hexdigest()[:16]
 
 
@@ -729,7 +735,7 @@ def sample_images(paths, args, device, count=256):
     """A fixed random sample of normal training images for `calibrate`, the same for every --seed."""
     order = np.random.default_rng(0).permutation(len(paths))[:count]
     images = data.load_images([paths[i] for i in sorted(order)], args.size, args.workers)
-    return torch.from_numpy(np.stack(list(images))).to(device).permute(0, 3, 1, 2).float() / 255
+    return as_batch(list(images), device)
 
 
 def fit_one(method, group, args, device, label, resumed, save):
