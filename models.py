@@ -374,7 +374,7 @@ class Dropout(nn.Module):
             return F.dropout(x, self.p)
         drop = round(256 * self.p)
         noise = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-        keep = noise.view(torch.uint8)[: x.numel()].view(x.shape) >= drop
+        keep = noise.view(torch.uint8)[: x.numel()].view(x.shape).ge_(drop)  # bytes stay bytes: bool costs 10x here
         return x * keep.to(x.dtype).mul_(256 / (256 - drop))
 
 
