@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -2671,4 +2672,16 @@ def test_the_ablation_takes_out_each_remedy_and_all(program, parts, monkeypatch)
     assert switches == [(True, True, True), (False, True, True), (True, False, True), (True, True, False), (False,) * 3]
     assert code == 0 and len({args.out for args in seen}) == 5 and {args.method for args in seen} == {"uniad"}
     assert all(args.copy_ratio and args.epochs == 4 for args in seen)
-    assert "| no jitter | 0.900 | - | 0.400 |" in printed
+    assert re.search(r"no jitter +0\.400 +0\.900 +- *\n", printed)
+
+
+def test_the_demo_keeps_its_two_runs_apart_and_the_ablation_is_uniads_alone(program, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(uad, "run", lambda args: seen.append(args) or {
+        "copy_ratio": [0.5], "mean": {"image_auroc": 0.9, "pixel_auroc": 0.8}})
+    assert program()[0] == 0 and [(a.method, a.out) for a in seen] == [("mlp", None), ("uniad", None)]
+    code, printed, _ = program("--out", tmp_path)
+    assert code == 0 and [Path(a.out) for a in seen[2:]] == [tmp_path / "mlp", tmp_path / "uniad"]
+    assert re.search(r"uniad +0\.500 +0\.900 +0\.800", printed)
+    code, _, error = program("--ablate", "--method", "rlr")
+    assert code == 2 and "--ablate" in error and "rlr" in error and len(seen) == 4

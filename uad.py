@@ -163,6 +163,8 @@ def parse(argv):
             p.error(f"argument --{field.replace('_', '-')}: must be {words}.")
     if not 0 <= args.holdout < 1 or not 0 < args.quantile <= 1:
         p.error("argument --holdout/--quantile: both are shares between 0 and 1.")
+    if args.ablate and name != "uniad":
+        p.error(f"argument --ablate: takes the remedies out of uniad, not of {name}: leave --method out.")
     args.options = options | ({"size": args.size} if "size" in options else {})
     args.loaded, args.method = loaded, args.method or (loaded and name)
     if loaded:
@@ -967,6 +969,7 @@ def fit_decoder(method, group, args, device, steps=600):
         return None
     levels = [torch.cat([target.float() for target, _ in level]) for level in zip(*chunks)]
     decoder = models.Decoder([f.shape[1] for f in levels], [f.shape[-1] for f in levels], args.size).to(device)
+    # Not by `train`: the pictures are the first process's alone, and there it would wait for the others.
     optimiser, progress = torch.optim.AdamW(decoder.parameters(), 2e-3, fused=True), Progress("decoder", steps)
     for step in range(steps):
         for parameters in optimiser.param_groups:
@@ -1160,22 +1163,24 @@ def protocol(run, results):
     return f"{run}: the paper has {sides[0]}; this run {sides[1]}."
 
 
+DEMO = {"mlp": "--method mlp", "uniad": "--method uniad"}
 ABLATION = {"all three": "", "no query": "--no-query", "no mask": "--no-mask", "no jitter": "--no-jitter",
             "none": "--no-query --no-mask --no-jitter"}  # fmt: skip
 
 
-def ablation(argv):
-    """--ablate: UniAD with its three remedies, without each and without all: AUROC and copy ratio in one table."""
-    rows, base = [], argv[: argv.index("--ablate")] + argv[argv.index("--ablate") + 1 :]
-    for name, switches in ABLATION.items():
-        args = parse([*base, "--method", "uniad", "--copy-ratio", *switches.split()])
-        args.out = f"{args.out or 'runs/ablation'}/{name.replace(' ', '-')}"
+def side_by_side(argv, runs, head, folder=None):
+    """One run for each {name: options} on the same data; copy ratio and AUROC in one table."""
+    rows = []
+    for name, options in runs.items():
+        args = parse([*argv, *options.split(), "--copy-ratio"])
+        if args.out or folder:
+            args.out = f"{args.out or folder}/{name.replace(' ', '-')}"
         results = run(args)
         ratio = [r for r in results["copy_ratio"] if r is not None]
         mean = [results["mean"][m] for m in ("image_auroc", "pixel_auroc")]
-        rows.append([name, *mean, float(np.mean(ratio)) if ratio else None])
-    header = ["remedies", "image AUROC", "pixel AUROC", "copy ratio"]
-    say("", figures.text_table(header, rows), "", figures.markdown_table(header, rows), sep="\n")
+        rows.append([name, float(np.mean(ratio)) if ratio else None, *mean])
+    say("", figures.text_table([head, "copy ratio", "image AUROC", "pixel AUROC"], rows), sep="\n")
+    say("copy ratio: 1 = the defect is copied whole, 0 = it is restored to normal; see the panels of each run")
     return 0
 
 
@@ -1216,9 +1221,9 @@ def main(argv=None):
         if args.export:
             return export(args)
         if args.ablate:
-            return ablation(argv)
+            return side_by_side([*argv, "--method", "uniad"], ABLATION, "remedies", "runs/ablation")
         if args.method is None and args.data is None:
-            return demo(argv)
+            return side_by_side(argv, DEMO, "method")
         args.method = args.method or "uniad"
         several(args) if args.seeds > 1 else run(args)
         return 0
@@ -1240,17 +1245,6 @@ def main(argv=None):
         return 130
     print(f"uad.py: error: {message}", file=sys.stderr)
     return 2
-
-
-def demo(argv):
-    """The whole point in one table: on the same synthetic parts an MLP copies the defects and UniAD does not."""
-    rows = []
-    for method in ("mlp", "uniad"):
-        results = run(parse([*argv, "--method", method, "--copy-ratio"]))
-        rows.append([method, results["copy_ratio"][0], *(results["mean"][m] for m in ("image_auroc", "pixel_auroc"))])
-    say("", figures.text_table(["method", "copy ratio", "image AUROC", "pixel AUROC"], rows), sep="\n")
-    say("copy ratio: 1 = the defect is copied whole, 0 = it is restored to normal; see runs/*/panels for the pictures")
-    return 0
 
 
 if __name__ == "__main__":
