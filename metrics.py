@@ -52,23 +52,21 @@ def ap_f1max(normal, defective):
 
 
 def regions(mask):
-    """8-connected regions, numbered 1, 2, …, of a boolean stack (N,H,W) -> (labels (N,H,W) int32, number of regions).
+    """8-connected regions of a boolean stack (N,H,W) -> (region 0, 1, … of each True pixel in reading order, number).
 
-    Works on the horizontal runs of each row: two runs of neighbouring rows touch when their spans, widened by one,
-    overlap. Union-find over runs costs as much as the outline of the regions, not their area.
+    Works on the horizontal runs of each row, on one line of numbers for all rows and images: two runs of neighbouring
+    rows touch when their spans, one of them a row further on, overlap or meet. Union-find over runs costs as much as
+    the outline of the regions, not their area.
     """
     n, h, w = mask.shape
-    padded = np.zeros((n * h, w + 2), np.int8)
-    padded[:, 1:-1] = mask.reshape(n * h, w)
-    edges = np.diff(padded, axis=1)
-    row, start = np.nonzero(edges == 1)
-    stop = np.nonzero(edges == -1)[1]  # exclusive; in the same order, since runs of a row alternate
-    # One number line for all rows: a row's runs are found in the row below by a search for their shifted span.
-    pitch = w + 2
-    above = row % h != h - 1  # the last row of an image has none below
-    low = np.searchsorted(row * pitch + stop, (row + 1) * pitch + start, "left")  # first run below with stop >= start
-    high = np.searchsorted(row * pitch + start, (row + 1) * pitch + stop, "right")  # past the last with start <= stop
-    parent = list(range(len(row)))
+    line = np.zeros((n * h, w + 1), bool)  # a gap after each row ends its last run
+    line[:, :w] = mask.reshape(n * h, w)
+    edges = np.flatnonzero(np.diff(line.ravel(), prepend=False))
+    start, stop = edges[::2], edges[1::2]  # stop is exclusive
+    below = (start // (w + 1) + 1) % h != 0  # the last row of an image has none below
+    low = np.searchsorted(stop, start + w + 1, "left")  # first run of the next row that does not end before
+    high = np.searchsorted(start, stop + w + 1, "right")  # past the last that does not begin after
+    parent = list(range(len(start)))
 
     def find(i):
         while parent[i] != i:
@@ -76,16 +74,12 @@ def regions(mask):
             i = parent[i]
         return i
 
-    for i in np.nonzero(above & (low < high))[0]:
+    for i in np.flatnonzero(below & (low < high)).tolist():
         for j in range(low[i], high[i]):
             a, b = find(i), find(j)
             parent[max(a, b)] = min(a, b)
-    roots, number = np.unique([find(i) for i in range(len(row))], return_inverse=True)
-    # Paint the runs: +label where one starts, -label where it stops, then sum along the row.
-    paint = np.zeros((n * h, w + 1), np.int32)
-    paint[row, start] = number + 1
-    paint[row, stop] -= (number + 1).astype(np.int32)
-    return paint.cumsum(1, dtype=np.int32)[:, :w].reshape(n, h, w), len(roots)
+    roots, number = np.unique([find(i) for i in range(len(start))], return_inverse=True)
+    return np.repeat(number, stop - start), len(roots)
 
 
 def aupro(maps, masks, normal=None, limit=0.3):
@@ -103,7 +97,7 @@ def aupro(maps, masks, normal=None, limit=0.3):
     if not len(normal) or not masks.any():
         return float("nan")
     labels, count = regions(masks)
-    labels, scores = labels[masks] - 1, np.asarray(maps)[masks]
+    scores = np.asarray(maps)[masks]
     order = np.argsort(scores)  # ascending queries make the two searches several times faster
     labels, scores = labels[order], scores[order]
     f0 = 1 - np.searchsorted(normal, scores, "right") / len(normal)
