@@ -2584,6 +2584,11 @@ def test_runs_are_compared_in_text_markdown_and_a_picture(program, parts, traine
     mean = results("run")["mean"]
     cell = "/".join(f"{100 * mean[name]:.1f}" for name in ("image_auroc", "pixel_auroc"))
     assert printed.count(cell) == 4 and "| run |" in printed and Path("compare.png").stat().st_size > 1000
+    assert not Path("compare-curves.png").exists()
+    records = [{"step": k, "loss": 1 / k, "image_auroc": 0.5 + k / 10, "pixel_auroc": None} for k in (1, 2, 3)]
+    Path("other/results.json").write_text(json.dumps(results("other") | {"curve": {"all": records}}))
+    assert "compare-curves.png" in succeed(program, "--compare", "run", "other")
+    assert Image.open("compare-curves.png").height > 600  # loss, image and pixel AUROC, one below the other
     refuse(program, ["nowhere", "results.json"], "--compare", "run", "nowhere")
 
 

@@ -1147,6 +1147,14 @@ def compare(folders):
     }
     figures.bars(bars, "compare.png", "Mean AUROC")
     say("wrote compare.png")
+    curves = {run: r["curve"]["all"] for run, r in runs.items() if r["curve"].get("all")}
+    if curves:
+        charts = [{"title": key.replace("_", " "), "right": (0.5, 1), "series": [
+            {"name": run, "x": [record["step"] for record in curve], "y": [record[key] for record in curve],
+             "axis": "left" if key == "loss" else "right", "log": key == "loss", "label_ends": key != "loss"}
+            for run, curve in curves.items()]} for key in ("loss", "image_auroc", "pixel_auroc")]  # fmt: skip
+        figures.small_multiples(charts, "compare-curves.png", columns=1)
+        say("wrote compare-curves.png: the runs with --eval-every")
     return 0
 
 
