@@ -316,6 +316,8 @@ class MKD(Method):
         return [(level - m) / s for level, m, s in zip(levels, mean, std)]
 
     def calibrate(self, images):
+        if images.shape[-1] % 16:
+            raise MethodError(f"--size {images.shape[-1]}: the levels of mkd need a multiple of 16.")
         sample = [torch.cat(level) for level in zip(*(self.backbone(x) for x in images[:64].split(16)))]
         self.frozen_mean = torch.cat([level.mean((0, 2, 3)) for level in sample])[:, None, None]
         self.frozen_std = torch.cat([level.std((0, 2, 3)) for level in sample])[:, None, None] + 1e-6
@@ -419,7 +421,7 @@ class PatchSVDD(Method):
             label = torch.randint(8, (n,), device=device)
             step = (self.directions[label] * side * uniform(0.75, 1, n, 2, device=device)).round().long()
             low, high = (-step).clamp_min(0), images.shape[-1] - side - step.clamp_min(0)  # where both fit
-            anchor = (low + torch.rand(n, 2, device=device) * (high - low + 1)).long()
+            anchor = low + (torch.rand(n, 2, device=device) * (high - low + 1)).long()  # a sum in float may round up
             shift = torch.randint(-(side // 32), side // 32 + 1, (n, 2), device=device)
             near = (anchor + shift).clamp(0, images.shape[-1] - side)
             corner, line = torch.cat([anchor, near, anchor + step]), torch.arange(side, device=device)
@@ -487,8 +489,9 @@ class CutPaste(Method):
     recipe = Recipe(size=256, epochs=30, batch_size=16, lr=0.01, optimiser="sgd", weight_decay=3e-5, clip=1.0,
                     demo={"size": 128, "epochs": 8})  # fmt: skip
     paper_recipe = Recipe(
-        size=256, epochs=256, batch_size=32, lr=0.03, optimiser="sgd", weight_decay=3e-5, options={"weights": "none"}
-    )
+        size=256, epochs=256, batch_size=64, lr=0.03, optimiser="sgd", weight_decay=3e-5, schedule="cosine",
+        options={"weights": "none"},
+    )  # fmt: skip
 
     def __init__(self, *, backbone="resnet18", weights="default"):
         super().__init__()
@@ -658,11 +661,11 @@ class FCDD(Method):
         A = sqrt(x^2 + 1) - 1,   loss = a (normal) or -log(1 - exp(-a)) (confetti),   map = A spread by a Gaussian
 
     Liznerski et al., ICLR 2021, sections 3 and 4. Theirs: VGG-11-BN cut before its fourth pooling, ImageNet weights,
-    frozen up to the third, then a 1x1 convolution; half of the images get confetti, squares turned at random; SGD
-    1e-3, 200 epochs, decay 0.985 an epoch; 224x224; A is upsampled by a fixed Gaussian over the receptive field;
-    score = sum. Ours: any backbone, all but its last level frozen; 1 to 3 squares of 8 to 54 pixels (at 224), one
-    colour each, turned up to 45 degrees; sigma = 1.5 strides; the score is the map's mean, the sum up to a factor and
-    what falls outside.
+    frozen up to the third, then a 1x1 convolution; half of the images get confetti, squares turned at random; SGD 1e-3,
+    200 epochs, decay 0.985 an epoch (constant in `paper_recipe`); 224x224; A is upsampled by a fixed Gaussian over the
+    receptive field; score = sum. Ours: any backbone, all but its last level frozen; 1 to 3 squares of 8 to 54 pixels
+    (at 224), one colour each, turned up to 45 degrees; sigma = 1.5 strides; the score is the map's mean, the sum up to
+    a factor and what falls outside.
     """
 
     recipe = Recipe(size=224, epochs=20, batch_size=16, lr=1e-3, demo={"size": 128, "epochs": 20})

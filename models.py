@@ -389,7 +389,7 @@ class Attention(nn.Module):
             )
         self.heads, self.dropout = heads, Dropout(dropout)
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
-        for linear in (self.q, self.k, self.v):  # as one (3C,C) matrix, which is how nn.MultiheadAttention draws them
+        for linear in (self.q, self.k, self.v):  # the bound of one stacked (3C,C) matrix, as in nn.MultiheadAttention
             nn.init.xavier_uniform_(linear.weight, gain=0.5**0.5)
         for linear in (self.q, self.k, self.v, self.out):
             nn.init.zeros_(linear.bias)
@@ -422,7 +422,7 @@ def attend(q, k, v, mask, dropout=None):
 class Layer(nn.Module):
     """Post-norm transformer layer: any number of attentions, then the feed-forward network.
 
-    forward takes one (query, key, value) function per attention, so that encoder, plain and query decoder share it.
+    Its two steps are called one by one, so that encoder, plain layer and query decoder share it.
     """
 
     def __init__(self, width, heads, hidden, dropout, attentions=1):
@@ -492,6 +492,11 @@ def neighbour_mask(grid, window):
     return torch.zeros(grid**2, grid**2).masked_fill_(near.reshape(grid**2, grid**2), -torch.inf)
 
 
+def hides_all(mask):
+    """Whether some token of an (Lq,Lk) mask may look nowhere: its softmax would be over nothing."""
+    return bool((mask == -torch.inf).all(1).any())
+
+
 def row_bands(grid, window):
     """-> list of (tokens, tokens they can see), slices: a few rows of the grid, and all rows within half a window.
 
@@ -542,9 +547,10 @@ class UniAD(FeatureMethod):
         query=True, mask=True, jitter=True, **kwargs,
     ):  # fmt: skip
         super().__init__(**kwargs)
-        if mask and self.grid <= window:
+        neighbours = neighbour_mask(self.grid, window)
+        if mask and hides_all(neighbours):
             raise MethodError(f"--size {self.size} gives {self.grid}x{self.grid} tokens and the mask's window of "
-                             f"{window} would hide them all: use --size {16 * (window + 1)} or more.")  # fmt: skip
+                             f"{window} would hide them all: use --size {32 * (window // 2 + 1)} or more.")  # fmt: skip
         self.alpha = alpha if jitter else 0.0
         self.project_in, self.project_out = nn.Linear(self.channels, width), nn.Linear(width, self.channels)
         self.position = Position(self.grid, width)
@@ -552,9 +558,12 @@ class UniAD(FeatureMethod):
         self.decoder = nn.ModuleList(Layer(width, heads, hidden, dropout, attentions=2) for _ in range(layers))
         self.queries = nn.Parameter(torch.randn(layers, self.grid**2, width)) if query else None
         self.norm = nn.LayerNorm(width)
-        self.register_buffer("mask", neighbour_mask(self.grid, window) if mask else None, persistent=False)
-        for linear in (self.project_in, self.project_out):
-            nn.init.xavier_uniform_(linear.weight)
+        self.register_buffer("mask", neighbours if mask else None, persistent=False)
+        for name, linear in self.named_modules():  # as in the paper's code
+            if isinstance(linear, nn.Linear):
+                nn.init.zeros_(linear.bias)
+                if name.split(".")[-1] not in ("q", "k", "v"):  # these were drawn as one matrix
+                    nn.init.xavier_uniform_(linear.weight)
 
     def reconstruct(self, f):
         if self.training and self.alpha:
@@ -659,14 +668,15 @@ class RLR(Method):
         standardise=True, lamp=False,
     ):  # fmt: skip
         super().__init__()
-        known = (
-            {2 ** (i + 5 - len(STAGES[backbone])): i for i in range(len(STAGES[backbone]))}
-            if backbone in STAGES
-            else {}
-        )
-        self.backbone = Backbone(backbone, weights, [known[s] for s in strides] if known else None)
+        if size % max(strides):
+            raise MethodError(f"--size {size} is no multiple of the stride {max(strides)}, which this method needs.")
+        # The levels of every backbone double their stride from one to the next and end at 16, the last of the list.
+        levels = [int(math.log2(s)) - 5 + len(STAGES.get(backbone, ())) for s in strides]
+        self.backbone = Backbone(backbone, weights, levels)
         self.size, self.alpha, self.standardise, self.lamp = size, alpha if jitter else 0.0, standardise, lamp
         self.grids, channels = [size // s for s in strides], self.backbone.channels
+        if any(hides_all(neighbour_mask(grid, window_of(grid))) for grid in self.grids):
+            raise MethodError(f"--size {size} is too small: the local window would hide all tokens of a level.")
         self.nets = nn.ModuleList(ReferenceNet(c, g, self.WIDTHS[s]) for c, g, s in zip(channels, self.grids, strides))
         for i, c in enumerate(channels):
             self.register_buffer(f"frozen_mean{i}", torch.zeros(c))
@@ -841,6 +851,8 @@ class ImageMethod(Method):
 
     def __init__(self, *, size=256, width=64, lamp=False):
         super().__init__()
+        if size % 8:
+            raise MethodError(f"--size {size} cannot be halved three times: this method needs a multiple of 8.")
         self.size, self.lamp = size, lamp
         self.unet = UNet(width, self.skips).to(memory_format=torch.channels_last)  # the faster layout everywhere
 
@@ -1001,10 +1013,13 @@ class EAR(ImageMethod):
 
     def __init__(self, *, saliency="dino", masking="saliency", mosaic="auto", weights="default", **kwargs):
         super().__init__(**kwargs)
+        if mosaic != "auto" and not (str(mosaic).isdecimal() and 1 <= int(mosaic) <= 256):
+            raise MethodError(f"--mosaic {mosaic} is no block side: give 1 to 256 pixels, or auto.")
         self.saliency, self.masking, self.mosaic = saliency, masking, mosaic
         if masking == "saliency" and saliency == "dino":
             self.backbone = DinoSaliency(weights, self.size)
         self.register_buffer("frozen_mosaic", torch.tensor(0 if mosaic == "auto" else int(mosaic)))
+        self.block = None  # side of a block in pixels at this size, as soon as it is known
 
     def calibrate(self, images):
         """mosaic="auto" (the paper predicts m from normal data, by a rule it does not print; this one is ours).
@@ -1024,6 +1039,7 @@ class EAR(ImageMethod):
             shown = (blocks(disturbed) - blocks(images[:64])).norm() / (disturbed - images[:64]).norm()
             ratios[m] = (1 - shown) / (images - blocks(images)).var(0).mean().sqrt()
         self.frozen_mosaic.fill_(max(ratios, key=ratios.get))
+        self.block = None
 
     def prepared_by(self):
         return f"{self.masking} {self.saliency}"
@@ -1036,8 +1052,10 @@ class EAR(ImageMethod):
         return suspicious(find(images), self.saliency)
 
     def prepare(self, images):
+        if self.block is None:  # a number, since torch.export cannot follow the value of a tensor
+            self.block = self.frozen_mosaic.item() * self.size / 256
         s = self.mask(images)
-        return images * (1 - s) + mosaic(images, self.frozen_mosaic.item() * self.size / 256) * s, images
+        return images * (1 - s) + mosaic(images, self.block) * s, images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1109,6 +1127,8 @@ class FADeR(EAR):
         self, *, target="error", attenuate=(0, 1, 2), per_channel=False, shallow_off=False, ear=None, **kwargs
     ):
         super().__init__(**kwargs)
+        if ear and self.mosaic != "auto":
+            raise MethodError(f"--mosaic {self.mosaic}: the block side comes from --ear's checkpoint; leave it out.")
         self.target, self.shallow_off, self.ear = target, shallow_off, ear
         channels = [block[0][0].out_channels for block in self.unet.encoder]
         self.attenuators = nn.ModuleList(Attenuator(c, per_channel) for c in channels)
@@ -1122,15 +1142,19 @@ class FADeR(EAR):
         if not self.ear:
             return super().calibrate(images)
         try:
-            (entry,) = torch.load(self.ear, map_location="cpu", weights_only=True)["models"]
+            content = torch.load(self.ear, map_location="cpu", weights_only=True)
+            (entry,), trained = content["models"], content["options"]
             unet = {k.removeprefix("unet."): v for k, v in entry["state"].items() if k.startswith("unet.")}
             self.unet.load_state_dict(unet, strict=True)
-            self.frozen_mosaic = entry["state"]["frozen_mosaic"].to(images.device)
+            self.frozen_mosaic, self.block = entry["state"]["frozen_mosaic"].to(images.device), None
         except Exception as error:
             raise MethodError(
                 f"{self.ear} is not a checkpoint of one EAR model of this width ({type(error).__name__}): name the "
                 f"checkpoint.pt of a run of ear with the same --width."
             ) from None
+        for option in ("masking", "saliency", "size"):  # its U-Net knows no other input
+            if trained[option] != getattr(self, option):
+                raise MethodError(f"{self.ear} was trained with --{option} {trained[option]}: give the same here.")
 
     def restore(self, batch):
         gates = [lambda skip: skip * 0, None, None] if self.shallow_off else self.gates

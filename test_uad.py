@@ -3,6 +3,7 @@
 A test's name is the sentence it checks. Whatever needs numbers to compare with computes them the slow and obvious way.
 """
 
+import argparse
 import ast
 import copy
 import dataclasses
@@ -2028,8 +2029,12 @@ def tiny(root, method="mlp", *more):
     """The arguments of a run that takes a second or two."""
     accepted = uad.method_defaults(models.METHODS[method])
     small = {**LITE, "strides": 16} if "backbone" in accepted else {"width": 8, "saliency": "spectral"}
-    options = [word for name, value in small.items() if name in accepted for word in (f"--{name}", value)]
-    return "--method", method, "--data", root, *TINY, *options, *more
+    small = {name: value for name, value in small.items() if name in accepted}
+    return "--method", method, "--data", root, *TINY, *words_of(small), *more
+
+
+def words_of(options):
+    return [word for name, value in options.items() for word in (f"--{name}", value)]
 
 
 def results(out):
@@ -2197,7 +2202,8 @@ def interrupt(monkeypatch, at, name="unfinished.pt"):
     monkeypatch.setattr(os, "replace", replace)
 
 
-@pytest.mark.parametrize("method, more, at", [("mlp", (), 3), ("uniad", (), 4), ("mlp", ("--separate",), 5)])
+@pytest.mark.parametrize("method, more, at", [("mlp", (), 3), ("uniad", (), 4), ("mlp", ("--separate",), 5),
+                                              ("mlp", ("--optimiser", "muon", "--eval-every", 1), 3)])
 def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(program, parts, monkeypatch, method, more, at):
     succeed(program, *tiny(parts, method, "--out", "whole", *more))
     command = tiny(parts, method, "--out", "broken", "--save-every", 0, *more)
@@ -2207,7 +2213,7 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(program, parts,
     assert code == 130 and "--resume" in err and not Path("broken/results.json").exists()
     steps = count_calls(monkeypatch, uad.Step, "forward")
     succeed(program, *command, "--resume")
-    assert numbers("broken") == numbers("whole")
+    assert numbers("broken") == numbers("whole") and results("broken")["curve"] == results("whole")["curve"]
     assert 0 < steps["n"] <= 8 - 3 and not Path("broken/unfinished.pt").exists()
 
 
@@ -2253,10 +2259,35 @@ def test_fader_takes_a_trained_ear_for_its_first_stage(program, parts):
     refuse(program, ["ear/checkpoint.pt"], *tiny(parts, "fader", "--ear", "ear/checkpoint.pt", *wood, "none"))
 
 
+def test_fader_refuses_an_ear_that_saw_other_inputs(program, parts):
+    wood = ("--categories", "wood", "--out")
+    succeed(program, *tiny(parts, "ear", "--epochs", 1, *wood, "ear"))
+    for option, value, trained_with in (("--masking", "mosaic", "saliency"), ("--size", 64, 128)):
+        refuse(program, ["ear/checkpoint.pt", option, trained_with],
+               *tiny(parts, "fader", "--ear", "ear/checkpoint.pt", option, value, *wood, "run"))
+
+
+@pytest.mark.parametrize("method", ["cutpaste", "psvdd"])
+def test_the_curve_ends_where_the_results_are_also_where_statistics_are_fitted(program, parts, method):
+    options = words_of(RANDOM) if method == "cutpaste" else ("--pairs", 2, "--width", 8, "--memory", 100)
+    succeed(program, "--method", method, "--data", parts, *TINY, *options, "--out", "run", "--eval-every", 4)
+    (*_, last), mean = results("run")["curve"]["all"], results("run")["mean"]
+    for name in ("image_auroc", "pixel_auroc"):
+        assert last[name] == pytest.approx(mean[name], abs=1e-4)
+
+
+def test_a_run_begun_on_a_cpu_can_go_on_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: "gpu")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *_: pytest.fail("there is no such state"))
+    state = uad.random_state(torch.device("cpu"))
+    expected = torch.rand(1)
+    assert uad.random_state(torch.device("cuda"), state)[1] == "gpu" and torch.rand(1) == expected
+
+
 def test_the_optimiser_and_the_rate_are_those_of_the_options():
     for name, cls in (("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam), ("sgd", torch.optim.SGD)):
         args = uad.parse(f"--optimiser {name} --lr 0.5 --weight-decay 0.25 --beta2 0.75".split())
-        optimiser = uad.optimiser_of(args, [nn.Parameter(torch.zeros(1))])
+        (optimiser,) = uad.optimisers_of(args, nn.Linear(1, 1), [nn.Parameter(torch.zeros(1))])
         assert type(optimiser) is cls and optimiser.defaults["lr"] == 0.5 and optimiser.defaults["weight_decay"] == 0.25
         assert optimiser.defaults.get("betas", (0.9, 0.75)) == (0.9, 0.75)
         assert optimiser.defaults.get("momentum", 0.9) == 0.9
@@ -2264,6 +2295,27 @@ def test_the_optimiser_and_the_rate_are_those_of_the_options():
     half = [(1 + math.cos(math.pi * x)) / 2 for x in (0, 0.5, 0.7, 51 / 70, 1)]
     assert at("one-cycle") == pytest.approx([0.01, 0.51, *half]) and at("constant") == [1.0] * 7
     assert at("step") == [1.0] * 5 + [0.1] * 2
+    assert [uad.rate("cosine", x) for x in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
+
+
+def test_muon_takes_the_matrices_of_linear_layers_and_adamw_the_rest():
+    method = build(models.UniAD)
+    args = uad.parse("--method uniad --optimiser muon --lr 0.5 --weight-decay 0.25 --beta2 0.75".split())
+    ((_, parameters),) = method.stages()
+    muon, adam = uad.optimisers_of(args, method, parameters)
+    assert type(muon) is torch.optim.Muon and type(adam) is torch.optim.AdamW
+    taken, rest = ({id(p) for p in optimiser.param_groups[0]["params"]} for optimiser in (muon, adam))
+    assert taken == {id(m.weight) for m in method.modules() if isinstance(m, nn.Linear)}
+    assert rest == {id(p) for p in parameters} - taken and id(method.queries) in rest
+    for optimiser in (muon, adam):
+        assert (optimiser.defaults["lr"], optimiser.defaults["weight_decay"]) == (0.5, 0.25)
+    # One rate serves both: a matrix's step is as long, entry by entry, as AdamW's usual 0.2 of the rate.
+    before = method.project_in.weight.detach().clone()
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    muon.step()
+    step = (method.project_in.weight - before * (1 - 0.5 * 0.25)).square().mean().sqrt().item()
+    assert 0.06 < step < 0.14
 
 
 def test_a_run_with_other_options_is_not_resumed(program, parts, monkeypatch):
@@ -2311,6 +2363,11 @@ def test_a_cache_that_was_broken_off_is_made_anew(program, parts, monkeypatch):
     np.load(folder / "0.npy", mmap_mode="r+")[:] = 0
     succeed(program, *command, "second")
     assert numbers("first") == numbers("second")
+
+
+def test_a_cache_that_does_not_fit_the_disk_is_refused_with_its_size(program, parts, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: argparse.Namespace(free=1000))
+    refuse(program, ["--cache", "GiB"], *tiny(parts, "mlp", "--cache", "cache"))
 
 
 def test_raw_and_standardised_features_do_not_share_a_cache(program, parts):
@@ -2374,10 +2431,30 @@ def test_bad_data_ends_the_run_with_one_sentence_that_names_it(program, copied, 
     ("unet", "--width 0", ["--width"]),
     ("unet", "--width 300000", ["memory", "--width"]),
     ("uniad", "--size 96", ["--size", "96"]),  # 6x6 tokens: the window would hide them all
+    ("uniad", "--window 8 --size 144", ["--size", "160"]),  # an even window reaches as far as the next odd one
+    ("rlr", "--size 48", ["--size", "48"]),
+    ("rlr", "--size 200", ["--size", "200", "16"]),
+    ("unet", "--size 100", ["--size", "100", "8"]),
+    ("ear", "--mosaic fine", ["--mosaic", "fine"]),
+    ("ear", "--mosaic 0", ["--mosaic", "0"]),
+    ("fader", "--mosaic 32 --ear some.pt", ["--mosaic", "--ear"]),
+    ("unet", "--optimiser muon", ["--optimiser", "unet"]),
+    ("mlp", "--seed -1", ["--seed"]),
+    ("mlp", "--seed 99999999999999999999", ["--seed"]),
+    ("mlp", "--seeds 2 --ablate", ["--seeds"]),
 ])
 def test_a_bad_option_is_refused_with_one_sentence_that_names_it(program, parts, monkeypatch, method, argv, words):
-    monkeypatch.setattr(uad, "train", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr(uad.Step, "forward", lambda *_: pytest.fail("it trains"))
     refuse(program, words, *tiny(parts, method), *argv.split())
+
+
+def test_mkd_refuses_a_size_whose_levels_do_not_halve(program, parts):
+    refuse(program, ["--size", "100"], "--method", "mkd", "--data", parts, *TINY, "--size", 100, *words_of(RANDOM))
+
+
+def test_even_a_large_holdout_leaves_an_image_to_train_on(program, parts):
+    succeed(program, *tiny(parts, "mlp", "--out", "run", "--holdout", 0.99, "--epochs", 1))
+    assert torch.load("run/checkpoint.pt", weights_only=True)["models"][0]["held_out"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused_before_training(program, parts, monkeypatch):
@@ -2573,6 +2650,25 @@ def test_an_exported_program_gives_the_maps_of_this_one(program, trained):
     assert torch.allclose(maps, expected, atol=1e-4) and torch.allclose(scores, method.image_score(expected), atol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["ear", "rlr"])
+def test_export_does_not_depend_on_what_has_run_before(program, parts, method):
+    succeed(program, *tiny(parts, method, "--out", "run", "--epochs", 1))
+    models.gaussian_matrix.cache_clear()  # as in a new process: the first to ask for the matrix must not be the tracer
+    printed = succeed(program, "--load", "run/checkpoint.pt", "--export", "new/model.pt2")
+    assert float(printed.rsplit("maps ", 1)[1]) < 1e-4 and Path("new/model.pt2").exists()
+
+
+def test_what_cannot_be_traced_is_refused_by_name(program, trained, monkeypatch):
+    monkeypatch.setattr(torch.export, "export", lambda *_: 1 / 0)
+    refuse(program, ["--export", "mlp", "ZeroDivisionError"], "--load", trained, "--export", "model.pt2")
+
+
+def test_a_checkpoint_is_not_used_at_another_shape(program, trained, parts):
+    refuse(program, ["--size", "128"], "--load", trained, "--size", 64)
+    succeed(program, *tiny(parts, "uniad", "--out", "wide", "--width", 32, "--epochs", 1))
+    refuse(program, ["another shape"], "--load", "wide/checkpoint.pt", "--width", 16)
+
+
 def test_a_checkpoint_of_another_version_is_refused(program, trained):
     torch.save(torch.load(trained, weights_only=True) | {"version": 1}, "old.pt")
     refuse(program, ["old.pt", "version 1"], "--load", "old.pt")
@@ -2589,13 +2685,32 @@ def test_runs_are_compared_in_text_markdown_and_a_picture(program, parts, traine
     Path("other/results.json").write_text(json.dumps(results("other") | {"curve": {"all": records}}))
     assert "compare-curves.png" in succeed(program, "--compare", "run", "other")
     assert Image.open("compare-curves.png").height > 600  # loss, image and pixel AUROC, one below the other
-    refuse(program, ["nowhere", "results.json"], "--compare", "run", "nowhere")
+    shutil.copytree("run", "series/run")
+    printed = succeed(program, "--compare", "run", "series/run", "series", "nowhere")
+    assert printed.count(cell) == 4 and "nowhere holds no results.json" in printed  # two runs of one name
+    assert all(f"\n{name} " in printed for name in ("run", "series/run"))
+    refuse(program, ["results.json"], "--compare", "nowhere")
 
 
 def test_several_seeds_give_mean_and_deviation(program, parts):
-    printed = succeed(program, *tiny(parts, "mlp", "--out", "runs", "--seeds", 2, "--epochs", 1))
+    command = tiny(parts, "mlp", "--out", "runs", "--seeds", 2, "--epochs", 1)
+    printed = succeed(program, *command)
     values = [100 * results(f"runs/seed{seed}")["mean"]["image_auroc"] for seed in (0, 1)]
-    assert f"{np.mean(values):.1f} ± {np.std(values):.2f}" in printed.rsplit("mean ", 1)[1]
+    assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.2f}" in printed.rsplit("mean ", 1)[1]
+    assert "runs/seed1" in succeed(program, "--compare", "runs")  # the folder stands for both
+
+
+def test_a_series_of_runs_is_resumed_where_it_stopped(program, parts, monkeypatch):
+    command = tiny(parts, "mlp", "--seeds", 3, "--save-every", 0, "--separate")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 12)  # in the second run: each writes eight
+        assert program(*command)[0] == 130
+    out = Path("runs/mlp-parts-separate")
+    first = (out / "seed0/results.json").read_bytes()
+    assert (out / "seed1/unfinished.pt").exists() and not (out / "seed2").exists()
+    succeed(program, *command, "--resume")
+    assert (out / "seed0/results.json").read_bytes() == first and results(out / "seed2")["seed"] == 2
+    refuse(program, ["lr"], *command, "--resume", "--lr", 0.5)  # what is finished was another series
 
 
 @pytest.mark.parametrize("words, options", [
@@ -2692,3 +2807,16 @@ def test_the_demo_keeps_its_two_runs_apart_and_the_ablation_is_uniads_alone(prog
     assert re.search(r"uniad +0\.500 +0\.900 +0\.800", printed)
     code, _, error = program("--ablate", "--method", "rlr")
     assert code == 2 and "--ablate" in error and "rlr" in error and len(seen) == 4
+
+
+def test_two_processes_give_the_table_of_one_though_their_shares_differ(program, parts, tmp_path):
+    """Seven images in batches of two: three steps for each process, though one has four images and one three."""
+    command = [*tiny(parts, "mlp", "--epochs", 20, "--batch-size", 2, "--holdout", 0.1, "--lr", 3e-3), "--out"]
+    succeed(program, *command, "one")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", uad.__file__]
+    done = subprocess.run([*torchrun, *map(str, command), "two"], capture_output=True, text=True, env=environment,
+                          timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    for name, value in results("one")["mean"].items():
+        assert results("two")["mean"][name] == pytest.approx(value, abs=0.1), name

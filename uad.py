@@ -22,6 +22,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -61,7 +62,7 @@ METHOD_OPTIONS = {  # constructor arguments of the methods, by name
     "jitter": dict(action=argparse.BooleanOptionalAction, help="feature jitter"),
     "dropout": dict(type=float, help="dropout rate"),
     "strides": dict(type=int, nargs="+", choices=[4, 8, 16], help="feature levels of rlr"),
-    "width": dict(type=int, help="channels of the transformer, or of the first level of a U-Net"),
+    "width": dict(type=int, help="channels of the transformer, or of the narrowest level of a trained network"),
     "layers": dict(type=int, help="transformer layers; uniad has as many again in its decoder"),
     "heads": dict(type=int, help="attention heads"),
     "hidden": dict(type=int, help="width of the feed-forward networks"),
@@ -126,7 +127,8 @@ def parse(argv):
 
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_program_options(p)
-    group = p.add_argument_group("training", f"defaults: the {known.recipe} recipe of {name}")
+    whose = "its demo; with --data FOLDER they are those of real data" if demo else f"the {known.recipe} recipe"
+    group = p.add_argument_group("training", f"defaults of {name}: {whose}")
     group.add_argument("--recipe", choices=["default", "paper"], default="default", help="default: %(default)s")
     for field in dataclasses.fields(models.Recipe):
         if field.name not in ("options", "demo"):
@@ -149,6 +151,7 @@ def parse(argv):
         options |= {option: value} if value is not None else {}
     for field, fits, words in (
         *((name, getattr(args, name) >= 1, "at least 1") for name in ("epochs", "batch_size", "workers", "seeds")),
+        ("seed", 0 <= args.seed < 2**63, "at least 0 and below 2^63"),
         ("size", args.size >= 32, "at least 32"), ("lr", 0 < args.lr < math.inf, "above 0"),
         ("beta2", 0 <= args.beta2 < 1, "at least 0 and below 1"),
         ("weight_decay", 0 <= args.weight_decay < math.inf, "at least 0"), ("clip", args.clip >= 0, "at least 0"),
@@ -163,17 +166,21 @@ def parse(argv):
             p.error(f"argument --{field.replace('_', '-')}: must be {words}.")
     if not 0 <= args.holdout < 1 or not 0 < args.quantile <= 1:
         p.error("argument --holdout/--quantile: both are shares between 0 and 1.")
+    if args.seeds > 1 and (args.ablate or known.method is None and args.data is None):
+        p.error("argument --seeds: several runs of one method: name it with --method.")
     if args.ablate and name != "uniad":
         p.error(f"argument --ablate: takes the remedies out of uniad, not of {name}: leave --method out.")
     args.options = options | ({"size": args.size} if "size" in options else {})
     args.loaded, args.method = loaded, args.method or (loaded and name)
     if loaded:
+        if args.size != loaded["config"]["size"]:
+            p.error(f"argument --size: {args.load} was trained at {loaded['config']['size']}: leave the option out.")
         args.separate, args.data = loaded["config"]["separate"], args.data or loaded["config"]["data"]
         args.categories = args.categories or loaded["config"]["categories"]
     return args
 
 
-CHOICES = {"optimiser": ["adamw", "adam", "sgd"], "schedule": ["one-cycle", "step", "constant"]}
+CHOICES = {"optimiser": ["adamw", "adam", "sgd", "muon"], "schedule": ["one-cycle", "cosine", "step", "constant"]}
 
 
 def add_program_options(p):
@@ -365,6 +372,9 @@ class Prepared:
         if where == "RAM" and total > 0.8 * free_memory():
             raise UserError(f"The cache needs {total / 2**30:.1f} GiB and RAM has {free_memory() / 2**30:.1f} free: "
                             f"name a folder on disk with --cache FOLDER, or lower --size.")  # fmt: skip
+        if folder and total > shutil.disk_usage(folder).free:  # a memory map on a full disk would kill the process
+            raise UserError(f"The cache needs {total / 2**30:.1f} GiB and --cache {folder.parent} has "
+                            f"{shutil.disk_usage(folder).free / 2**30:.1f} free: name another folder.")  # fmt: skip
         for i, part in enumerate(parts):
             shape = (size, *part.shape[1:])
             if folder:
@@ -398,18 +408,30 @@ class Step(nn.Module):
         return self.method.loss(batch, stage)
 
 
-def optimiser_of(args, parameters):
+def optimisers_of(args, method, parameters):
+    """-> list of one optimiser, or with "muon" of two under one rate: Muon for the matrices of linear layers and AdamW
+    for the rest. Muon (Jordan et al., 2024) replaces a matrix's step by the nearest orthogonal one, at the price of
+    fifteen products of that size, and needs a fraction of the steps. Raises UserError where there is no such matrix.
+    """
+    linear = {id(m.weight) for m in method.modules() if isinstance(m, nn.Linear)} if args.optimiser == "muon" else set()
+    matrices = [p for p in parameters if id(p) in linear]
+    rest = [p for p in parameters if id(p) not in linear]
+    if args.optimiser == "muon" and not matrices:
+        raise UserError(f"--optimiser muon is for linear layers, and {args.method} has none: use adamw.")
     fused = dict(lr=args.lr, weight_decay=args.weight_decay, fused=True)  # one kernel for all parameters, also on a CPU
     if args.optimiser == "sgd":
-        return torch.optim.SGD(parameters, momentum=0.9, **fused)
-    adam = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimiser]
-    return adam(parameters, betas=(0.9, args.beta2), **fused)
+        return [torch.optim.SGD(rest, momentum=0.9, **fused)]
+    adam = torch.optim.Adam if args.optimiser == "adam" else torch.optim.AdamW
+    muon = [torch.optim.Muon(matrices, args.lr, args.weight_decay, adjust_lr_fn="match_rms_adamw")] if matrices else []
+    return muon + [adam(rest, betas=(0.9, args.beta2), **fused)]
 
 
 def rate(schedule, progress):
     """Factor of the learning rate at `progress` in [0,1)."""
     if schedule == "one-cycle":  # 30 % linear warm-up, then half a cosine to 0; post-norm layers need the long warm-up
         return progress / 0.3 + 0.01 if progress < 0.3 else (1 + math.cos(math.pi * (progress - 0.3) / 0.7)) / 2
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
     return 0.1 if schedule == "step" and progress >= 0.8 else 1.0
 
 
@@ -417,7 +439,7 @@ def random_state(device, state=None):
     """Gets or sets the generators' state, which a resumed run needs to give the same numbers."""
     if state is not None:
         torch.set_rng_state(state[0])
-        if device.type == "cuda":
+        if device.type == "cuda" and len(state) > 1:  # the run may have begun on a CPU
             torch.cuda.set_rng_state(state[1], device)
     return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
 
@@ -464,34 +486,39 @@ def train(method, prepared, args, device, label, resumed, save, observe):
             p.requires_grad_(False)
         for p in parameters:
             p.requires_grad_(True)
-        step, optimiser = Step(method), optimiser_of(args, parameters)
+        step, optimisers = Step(method), optimisers_of(args, method, parameters)
         step = nn.parallel.DistributedDataParallel(step) if WORLD > 1 else step
         step = torch.compile(step) if args.compile else step
-        first = 0
+        first, mean = 0, None
         if resumed:
             restore(method, resumed["state"])
-            optimiser.load_state_dict(resumed["optimiser"])
+            for optimiser, state in zip(optimisers, resumed["optimisers"]):
+                optimiser.load_state_dict(state)
             random_state(device, resumed["random"])
-            first, resumed = resumed["step"], None
+            first, mean, resumed = resumed["step"], torch.tensor(resumed["loss"], device=device), None
+        if RANK:  # noise of its own in every process; the first one's is what a single process draws
+            torch.manual_seed(args.seed + RANK + first)
 
-        size, per_epoch = min(args.batch_size, len(prepared)), max(1, len(prepared) // args.batch_size)
+        count = fewest(len(prepared), device)
+        size, per_epoch = min(args.batch_size, count), max(1, count // args.batch_size)
         total = args.epochs * per_epoch
-        progress, mean, saved = Progress(f"{label} {stage}", total), None, time.perf_counter()
+        progress, saved = Progress(f"{label} {stage}", total), time.perf_counter()
         for k in range(first, total):
             start = time.perf_counter()
             epoch, at = divmod(k, per_epoch)
             if at == 0 or k == first:  # from a generator of its own, so that a resumed run sees the same order
                 order = shuffled(len(prepared), args.seed, number, epoch, RANK)
             method.train()
-            for group in optimiser.param_groups:
+            for group in itertools.chain(*(optimiser.param_groups for optimiser in optimisers)):
                 group["lr"] = args.lr * rate(args.schedule, k / total)
             with precision(args, device):
                 loss = step(prepared.batch(order[at * size : (at + 1) * size]), stage)
-            optimiser.zero_grad()
+            method.zero_grad()
             loss.backward()
             if args.clip:
                 nn.utils.clip_grad_norm_(parameters, args.clip)
-            optimiser.step()
+            for optimiser in optimisers:
+                optimiser.step()
             mean = loss.detach() if mean is None else torch.lerp(mean, loss.detach(), max(0.02, 1 / (k + 1)))
             if k % 20 == 19 or k + 1 == total:  # reading the loss waits for a GPU: not at every step
                 if not torch.isfinite(mean):
@@ -502,10 +529,19 @@ def train(method, prepared, args, device, label, resumed, save, observe):
             spent, trained = spent + time.perf_counter() - start, trained + size
             observe(number * total + k + 1, stage, mean)
             if time.perf_counter() - saved > args.save_every and k + 1 < total and RANK == 0:
-                save({"stage": number, "step": k + 1, "state": trained_state(method), "random": random_state(device),
-                      "optimiser": optimiser.state_dict()})  # fmt: skip
+                save({"stage": number, "step": k + 1, "state": trained_state(method), "loss": mean.item(),
+                      "random": random_state(device), "optimisers": [o.state_dict() for o in optimisers]})  # fmt: skip
                 saved = time.perf_counter()
     return WORLD * trained / spent if spent else None
+
+
+def fewest(count, device):
+    """The smallest count of all processes: they must take the same number of steps, or some wait for ever."""
+    if WORLD > 1:
+        counts = torch.tensor(count, device=device)
+        dist.all_reduce(counts, dist.ReduceOp.MIN)
+        count = counts.item()
+    return count
 
 
 def shuffled(count, *seeds):
@@ -685,11 +721,13 @@ def restore(method, state):
         owner, leaf = method.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
         if leaf in owner._buffers:
             owner._buffers[leaf] = value.to(owner._buffers[leaf].device)
+        elif getattr(owner, leaf).shape != value.shape:
+            raise UserError(f"The checkpoint's {name} has another shape: give the options it was trained with.")
         else:
             getattr(owner, leaf).data.copy_(value)
 
 
-VERSION = 2  # of the checkpoint's content
+VERSION = 3  # of the checkpoint's content
 
 
 def read_checkpoint(path, method=None):
@@ -741,11 +779,11 @@ def sample_images(paths, args, device, count=256):
 
 
 def fit_one(method, group, args, device, label, resumed, save):
-    """calibrate, prepare, train, fit, threshold. -> (entry of the checkpoint, throughput, curve)"""
+    """calibrate, prepare, train, fit, threshold. -> (entry of the checkpoint, throughput)"""
     items = [item for category in group for item in category.train]
     paths = [item.path for item in items]
     order = np.random.default_rng(args.seed).permutation(len(paths))
-    held = {int(i) for i in order[: round(args.holdout * len(paths))]}
+    held = {int(i) for i in order[: min(round(args.holdout * len(paths)), len(paths) - 1)]}
     normal = [items[i] for i in (sorted(held) or sorted(order[:256].tolist()))]
     paths = [path for i, path in enumerate(paths) if i not in held]
     sample = sample_images(paths, args, device)
@@ -753,22 +791,25 @@ def fit_one(method, group, args, device, label, resumed, save):
         method.calibrate(sample)
     estimate(method, sample, args, device, len(paths))
 
-    start, curve, speed, prepared = time.perf_counter(), [], {}, None
+    def fit():
+        """Every process sees all images here; a method without training never holds more than a few of them."""
+        method.eval()
+        with torch.no_grad():
+            method.fit(prepared.batches if prepared and WORLD == 1 else lambda: frozen(method, paths, args, device))
+
+    curve = resumed["curve"] if resumed else []
+    start, speed, prepared = time.perf_counter(), {}, None
     if method.stages():
         prepared = Prepared(method, paths[RANK::WORLD], args, device, f"{label} prepare")
         speed["prepare_s"] = time.perf_counter() - start
         speed["prepare_images_per_s"] = len(paths) / speed["prepare_s"]
-        observe, start = Observer(method, group, args, device, curve), time.perf_counter()
-        speed["train_images_per_s"] = train(method, prepared, args, device, label, resumed, save, observe)
+        observe, start = Observer(method, group, args, device, fit, curve), time.perf_counter()
+        save_all = lambda current: save(current | {"curve": curve})
+        speed["train_images_per_s"] = train(method, prepared, args, device, label, resumed, save_all, observe)
         speed["train_s"] = time.perf_counter() - start
-    method.eval()
-    with torch.no_grad():
-        # Every process sees all images here; a method without training never holds more than a few of them.
-        stream = lambda: frozen(method, paths, args, device)
-        method.fit(prepared.batches if prepared and WORLD == 1 else stream)
+    fit()
     entry = {"name": label, "state": trained_state(method), "backbone": checksum(method), "held_out": bool(held)}
-    entry |= normal_range(method, normal, args, device)
-    return entry, speed, curve
+    return entry | normal_range(method, normal, args, device) | {"curve": curve}, speed
 
 
 class Observer:
@@ -777,8 +818,9 @@ class Observer:
     A diagnostic only: results are those of the final epoch, whatever the curve's peak.
     """
 
-    def __init__(self, method, group, args, device, curve):
-        self.method, self.group, self.args, self.device, self.curve = method, group, args, device, curve
+    def __init__(self, method, group, args, device, fit, curve):
+        self.method, self.group, self.args, self.device = method, group, args, device
+        self.fit, self.curve = fit, curve
         self.twins = list(twins(method, group, args, device)) if args.eval_every and args.copy_ratio else []
         self.cached = args.eval_every and {
             c.name: Prepared(method, [i.path for i in c.test[RANK::WORLD]], args, device, f"{c.name} prepare")
@@ -788,6 +830,7 @@ class Observer:
     def __call__(self, step, stage, loss):
         if not self.args.eval_every or step % self.args.eval_every:
             return
+        self.fit()
         rows, _, _ = evaluate(self.method, self.group, self.args, self.device, self.cached)
         record = {"step": step, "stage": stage, "loss": loss.item()}
         record |= {name: mean_row(rows)[name] for name in ("image_auroc", "pixel_auroc")}
@@ -818,6 +861,12 @@ def normal_range(method, items, args, device):
     return limits(slice(None)) | {"of": {name: limits(names == name) for name in np.unique(names).tolist()}}
 
 
+def default_out(args):
+    """Where a run goes without --out: runs/METHOD-DATA."""
+    name = Path(args.data or "synthetic").resolve().name
+    return f"runs/{args.method}-{name}{'-separate' if args.separate else ''}"
+
+
 def find_data(args):
     """-> (root, categories): of --data, or of synthetic data written to ./synthetic. Says what is odd about them."""
     root = args.data or "synthetic"
@@ -838,8 +887,7 @@ def run(args):
     """Trains or loads, evaluates, reports. -> the content of results.json."""
     start, device = time.perf_counter(), pick_device(args.device)
     root, categories = find_data(args)
-    name = f"{args.method}-{Path(root).resolve().name}{'-separate' if args.separate else ''}"
-    out = Path(args.out or (Path(args.load).parent / "evaluation" if args.load else f"runs/{name}"))
+    out = Path(args.out or (Path(args.load).parent / "evaluation" if args.load else default_out(args)))
     writable(out)
     config = {k: v for k, v in vars(args).items() if k not in ("options", "loaded")} | args.options
     say("\n".join(f"  {k} = {v}" for k, v in sorted(config.items()) if v is not None))
@@ -847,7 +895,7 @@ def run(args):
     groups = {c.name: [c] for c in categories} if args.separate else {"all": categories}
     unfinished = resume_from(out / "unfinished.pt", args) if args.resume else {"models": [], "current": None}
     entries = list(args.loaded["models"] if args.load else unfinished["models"])
-    rows, curves, speeds, ratios = {}, {}, [], []
+    rows, speeds, ratios = {}, [], []
     for label, group in groups.items():
         entry, speed = next((e for e in entries if e["name"] == label), None), {}
         if entry:
@@ -859,7 +907,7 @@ def run(args):
             save = lambda current: write(
                 out / "unfinished.pt", {**identity(args), "models": entries, "current": current}
             )
-            entry, speed, curves[label] = fit_one(method, group, args, device, label, unfinished["current"], save)
+            entry, speed = fit_one(method, group, args, device, label, unfinished["current"], save)
             unfinished["current"] = None
             entries.append(entry)
             if RANK == 0:
@@ -875,7 +923,8 @@ def run(args):
                 panels(method, category, scored[category.name], ranges, args, device, out, decoder)
 
     results = summary(rows, speeds, config, time.perf_counter() - start, device)
-    results |= {"data": str(root), "copy_ratio": without_nan(ratios), "curve": without_nan(curves)}
+    curves = {} if args.load else {entry["name"]: without_nan(entry["curve"]) for entry in entries}
+    results |= {"data": str(root), "copy_ratio": without_nan(ratios), "curve": curves}
     if RANK == 0:
         report(results, entries, args, out)
     return results
@@ -1109,9 +1158,16 @@ def export(args):
     images = torch.rand(1, 3, args.size, args.size, device=device)
     module = Exported(method).eval()
     with torch.no_grad():
-        program = torch.export.export(module, (images,))
+        expected, _ = module(images)  # before the tracing, which must not be the first to fill a cache of constants
+        try:
+            program = torch.export.export(module, (images,))
+        except Exception as error:  # whatever the tracer cannot follow
+            raise UserError(
+                f"--export: PyTorch cannot trace {args.method} ({type(error).__name__}): use --predict."
+            ) from None
         maps, _ = program.module()(images)
-        difference = (maps - module(images)[0]).abs().max().item()
+        difference = (maps - expected).abs().max().item()
+    Path(args.export).parent.mkdir(parents=True, exist_ok=True)
     torch.export.save(program, args.export)
     say(
         f"wrote {args.export}: input (1,3,{args.size},{args.size}) in [0,1]; "
@@ -1121,15 +1177,24 @@ def export(args):
 
 
 def compare(folders):
-    """The results of several runs side by side: text, Markdown and compare.png."""
+    """The results of several runs side by side: text, Markdown, compare.png, and compare-curves.png if there are any.
+
+    A folder of runs, such as those of --seeds and --ablate, stands for all of them.
+    """
     runs = {}
-    for folder in folders:
-        try:
-            runs[Path(folder).name] = json.loads((Path(folder) / "results.json").read_text())
-        except (OSError, ValueError):
-            raise UserError(
-                f"--compare: {folder} holds no results.json: name folders that a run has written."
-            ) from None
+    for folder in map(Path, folders):
+        own = folder / "results.json"
+        within = [own] if own.exists() else sorted(folder.glob("*/results.json"))
+        for path in within:
+            try:
+                name = str(path.parent.relative_to(folder.parent))
+                runs[str(path.parent) if name in runs else name] = json.loads(path.read_text())
+            except (OSError, ValueError):
+                raise UserError(f"--compare: {path} cannot be read: run it again, or leave it out.") from None
+        if not within:
+            say(f"note: {folder} holds no results.json and is left out")
+    if not runs:
+        raise UserError("--compare: none of these folders holds a results.json: name folders that a run has written.")
     names = sorted({name for r in runs.values() for name in r["categories"]})
     show = lambda row: "-" if row is None else "/".join(
         "-" if row[m] is None else f"{100 * row[m]:.1f}" for m in ("image_auroc", "pixel_auroc"))  # fmt: skip
@@ -1176,6 +1241,17 @@ ABLATION = {"all three": "", "no query": "--no-query", "no mask": "--no-mask", "
             "none": "--no-query --no-mask --no-jitter"}  # fmt: skip
 
 
+def one_of_several(args):
+    """`run`, but --resume means the series: what is finished is read, what never began starts now."""
+    out = Path(args.out or default_out(args))
+    if args.resume and not (out / "unfinished.pt").exists():
+        if (out / "results.json").exists():
+            resume_from(out / "checkpoint.pt", args)  # refuses a run with other options
+            return json.loads((out / "results.json").read_text())
+        args.resume = False
+    return run(args)
+
+
 def side_by_side(argv, runs, head, folder=None):
     """One run for each {name: options} on the same data; copy ratio and AUROC in one table."""
     rows = []
@@ -1183,7 +1259,7 @@ def side_by_side(argv, runs, head, folder=None):
         args = parse([*argv, *options.split(), "--copy-ratio"])
         if args.out or folder:
             args.out = f"{args.out or folder}/{name.replace(' ', '-')}"
-        results = run(args)
+        results = one_of_several(args)
         ratio = [r for r in results["copy_ratio"] if r is not None]
         mean = [results["mean"][m] for m in ("image_auroc", "pixel_auroc")]
         rows.append([name, float(np.mean(ratio)) if ratio else None, *mean])
@@ -1193,18 +1269,19 @@ def side_by_side(argv, runs, head, folder=None):
 
 
 def several(args):
-    """--seeds N: N runs, then mean and standard deviation over them."""
-    results, out = [], args.out or f"runs/{args.method}-{Path(args.data or 'synthetic').resolve().name}"
+    """--seeds N: N runs, then mean and standard deviation (of a sample, N - 1) over them."""
+    results, out = [], args.out or default_out(args)
     for seed in range(args.seed, args.seed + args.seeds):
         one = argparse.Namespace(**{**vars(args), "seed": seed, "out": f"{out}/seed{seed}"})
-        results.append(run(one)["categories"])
+        results.append(one_of_several(one)["categories"])
     rows = []
     for name in [*results[0], "mean"]:
         values = [
             [mean_row(without_none(r))[m] if name == "mean" else r[name][m] for m in metrics.NAMES] for r in results
         ]
         values = np.array(values, float) * 100
-        rows.append([name, *(f"{m:.1f} ± {s:.2f}" if m == m else None for m, s in zip(values.mean(0), values.std(0)))])
+        spread = zip(values.mean(0), values.std(0, ddof=1))
+        rows.append([name, *(f"{m:.1f} ± {s:.2f}" if m == m else None for m, s in spread)])
     say(f"\n{args.seeds} seeds, mean ± standard deviation", figures.text_table(["category", *HEADS], rows), sep="\n")
 
 
@@ -1249,7 +1326,7 @@ def main(argv=None):
     except (MemoryError, OSError) as error:
         message = f"{error or 'memory is full'}: free some space, lower --batch-size, or name another --out or --cache."
     except KeyboardInterrupt:
-        print("\ninterrupted: the same command with --resume goes on from the last save", file=sys.stderr)
+        print("\ninterrupted: the same command with --resume goes on from the last save, if any", file=sys.stderr)
         return 130
     print(f"uad.py: error: {message}", file=sys.stderr)
     return 2
