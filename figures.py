@@ -25,6 +25,7 @@ DASHES = ((), (9, 4), (2, 3), (10, 3, 2, 3), (4, 2))  # lengths on, off, on, off
 # The built-in font has ASCII and little more.
 SPELLED = str.maketrans({"–": "-", "—": "-", "−": "-", "→": "->", "≤": "<=", "≥": ">=", "×": "x"})
 WIDTH = 830  # pixels; what a README shows without shrinking it
+TILE = 128  # side of a picture in a panel
 
 
 def colour(values):
@@ -147,7 +148,7 @@ def dashes(points, pattern):
     return np.split(path, np.flatnonzero(np.diff(part)) + 1)[::2]  # on and off alternate, and on comes first
 
 
-def panel(rows, low, high, title, note="", tile=128):
+def panel(rows, low, high, title, note=""):
     """Grid of tiles, a row per image and a column per kind of tile -> PIL image.
 
     rows: dicts with name (str), score (float), verdict (str, may be empty) and images, {column: tile}, where a tile is
@@ -165,30 +166,30 @@ def panel(rows, low, high, title, note="", tile=128):
             scales[column] = low, high
         elif maps := [t for t in tiles if t.dtype.kind == "f"]:
             scales[column] = 0, max(float(np.nanmax(m)) for m in maps) or 1
-    width = side + len(columns) * (tile + gap)
+    width = side + len(columns) * (TILE + gap)
     titles, notes = wrap(title, 16, width - 2 * gap), wrap(note, 11, width - 2 * gap)
     top = 10 + 21 * len(titles) + 22
-    bottom = top + len(rows) * (tile + gap) + 34 * bool(scales)
+    bottom = top + len(rows) * (TILE + gap) + 34 * bool(scales)
     canvas, pasted = _Canvas(width, bottom + 15 * len(notes) + gap), []
     for i, line in enumerate(titles):
         canvas.text(gap, 8 + 21 * i, line, 16)
     for j, column in enumerate(columns):
-        left = side + j * (tile + gap)
-        canvas.text(left + tile / 2, top - 6, column, 12, INK, "ms", tile)
+        left = side + j * (TILE + gap)
+        canvas.text(left + TILE / 2, top - 6, column, 12, INK, "ms", TILE)
         for i, row in enumerate(rows):
-            y, picture = top + i * (tile + gap), row["images"][column]
+            y, picture = top + i * (TILE + gap), row["images"][column]
             if picture is None:
-                canvas.bar(left, y, left + tile, y + tile, PALE)
-                canvas.text(left + tile / 2, y + tile / 2, "no mask", 12, FAINT, "mm", tile)
+                canvas.bar(left, y, left + TILE, y + TILE, PALE)
+                canvas.text(left + TILE / 2, y + TILE / 2, "no mask", 12, FAINT, "mm", TILE)
             else:
-                pasted.append((_tile(picture, *scales.get(column, (0, 1)), tile), (left, y)))
+                pasted.append((_tile(picture, *scales.get(column, (0, 1)), TILE), (left, y)))
         if column in scales:
-            y = top + len(rows) * (tile + gap)
-            pasted.append((Image.fromarray(colour(np.tile(np.linspace(0, 1, tile), (9, 1)))), (left, y)))
-            for x, value, anchor in zip((left, left + tile), scales[column], ("la", "ra")):
-                canvas.text(x, y + 12, f"{value:.3g}", 11, INK, anchor, tile / 2 - 4)
+            y = top + len(rows) * (TILE + gap)
+            pasted.append((Image.fromarray(colour(np.tile(np.linspace(0, 1, TILE), (9, 1)))), (left, y)))
+            for x, value, anchor in zip((left, left + TILE), scales[column], ("la", "ra")):
+                canvas.text(x, y + 12, f"{value:.3g}", 11, INK, anchor, TILE / 2 - 4)
     for i, row in enumerate(rows):
-        y = top + i * (tile + gap) + 2
+        y = top + i * (TILE + gap) + 2
         canvas.text(gap, y, row["name"], 12, width=side - 2 * gap)
         canvas.text(gap, y + 18, f"score {number(row['score'])}", 12, FAINT, width=side - 2 * gap)
         canvas.text(gap, y + 36, row["verdict"], 13, ALARM, width=side - 2 * gap)
@@ -249,7 +250,7 @@ def peak_and_final(x, y):
     return tuple((float(x[i]), float(y[i])) for i in (finite[y[finite].argmax()], finite[-1]))
 
 
-def curve(series, path, x_label="steps", title="", right=(0, 1)):
+def curve(series, path, title="", right=(0, 1)):
     """Line chart -> PNG at path.
 
     series: dicts with name, x (N,), y (N,) and, if wanted, axis ("left", the default, or "right"), log (True: the left
@@ -257,27 +258,27 @@ def curve(series, path, x_label="steps", title="", right=(0, 1)):
     infinity and, on a logarithmic axis, what is not positive are gaps. The left axis fits its values; the right one
     is `right`, wider only where a value lies outside. Raises ValueError when x and y differ in length.
     """
-    small_multiples([{"series": series, "title": title, "x_label": x_label, "right": right}], path, columns=1)
+    small_multiples([{"series": series, "title": title, "right": right}], path)
 
 
-def small_multiples(charts, path, columns=2):
-    """Several line charts -> one PNG at path. charts: dicts with series and, if wanted, title, x_label and right.
+def small_multiples(charts, path):
+    """Several line charts, one below the other -> PNG at path. charts: dicts with series and, if wanted, title, right.
 
-    See curve for these. Raises ValueError when charts is empty or columns is not 1 or 2.
+    See curve for these. Raises ValueError when charts is empty.
     """
-    if not charts or columns not in (1, 2):  # a third of the width is too little for a legend with values
-        raise ValueError("small multiples need at least one chart and one or two columns")
+    if not charts:
+        raise ValueError("small multiples need at least one chart")
     legend = max(len(chart["series"]) for chart in charts)  # the same for all: their plots then line up
-    images = [_chart(chart, WIDTH // columns, 260 if columns == 1 else 170, legend) for chart in charts]
-    width, height = images[0].size
-    sheet = Image.new("RGB", (width * min(columns, len(images)), height * -(-len(images) // columns)), "white")
+    images = [_chart(chart, legend) for chart in charts]
+    height = images[0].height
+    sheet = Image.new("RGB", (WIDTH, height * len(images)), "white")
     for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * width, i // columns * height))
+        sheet.paste(image, (0, i * height))
     save(sheet, path)
 
 
-def _chart(chart, width, plot_height, legend):
-    """One line chart, see curve -> PIL image. plot_height: of the plot alone; legend: lines of room above it."""
+def _chart(chart, legend):
+    """One line chart, see curve -> PIL image. legend: lines of room above the plot."""
     log = any(s.get("log") for s in chart["series"] if s.get("axis") != "right")
     series, values, steps = [], {}, []
     for s in chart["series"]:
@@ -293,12 +294,12 @@ def _chart(chart, width, plot_height, legend):
     marks = {a: ticks(min(v, default=0.1), max(v, default=1), log and a == "left") for a, v in values.items()}
 
     left, right = (16 + max([text_width(f"{m:g}", 11) for m in marks.get(a, [])] + [6]) for a in ("left", "right"))
-    right, head = width - right, 28 if chart.get("title") else 8
+    right, head = WIDTH - right, 28 if chart.get("title") else 8
     top = head + 17 * legend + 8
-    bottom = top + plot_height
-    canvas = _Canvas(width, bottom + 44)
+    bottom = top + 260
+    canvas = _Canvas(WIDTH, bottom + 44)
     canvas.text(left, 6, chart.get("title", ""), 14, width=right - left)
-    canvas.text((left + right) / 2, bottom + 36, chart.get("x_label", "steps"), 11, INK, "ms", right - left)
+    canvas.text((left + right) / 2, bottom + 36, "steps", 11, INK, "ms", right - left)
     place = {a: _along(m, bottom, top, log and a == "left") for a, m in marks.items()}
     for axis, at, anchor in (("left", left - 6, "rm"), ("right", right + 6, "lm")):
         for mark in marks.get(axis, []):
@@ -309,7 +310,7 @@ def _chart(chart, width, plot_height, legend):
 
     canvas.bar(left, bottom, right, bottom + 1, FAINT)
     span = np.array([min(steps, default=0), max(steps, default=1)])
-    across = ticks(*span, count=width // 80)
+    across = ticks(*span, count=WIDTH // 80)
     span = span if span[1] > span[0] else across
     across_at = _along(span, left + 8, right - 8)  # inset: a marker at an end stays clear of the axis labels
     for mark in across[(across >= span[0]) & (across <= span[-1])]:
@@ -318,7 +319,7 @@ def _chart(chart, width, plot_height, legend):
 
     where = {"left": " (left, log)" if log else " (left)", "right": " (right)"} if len(marks) == 2 else {}
     labels = [s["name"] + where.get(axis, "") for s, axis, *_ in series]
-    ends_at = min(left + 50 + max([text_width(label, 11) for label in labels] + [0]), width - 215)
+    ends_at = min(left + 50 + max([text_width(label, 11) for label in labels] + [0]), WIDTH - 215)
     for i, (s, axis, x, y) in enumerate(series):
         fill, dash, row = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)], head + 17 * i + 4
         canvas.line([(left, row), (left + 28, row)], fill, dash)
@@ -348,14 +349,12 @@ def _known(value):
 def bars(table, path, title):
     """Grouped horizontal bars with their values printed -> PNG at path.
 
-    table: {row label: {column label: (mean, standard deviation or None)}}; a mean that is None or NaN is printed as
-    "n/a", such a deviation is left out. A column keeps its colour in every row. Where all values are close together,
-    the axis starts above 0 and says so.
+    table: {row label: {column label: value}}; a value that is None or NaN is printed as "n/a". A column keeps its
+    colour in every row. Where all values are close together, the axis starts above 0 and says so.
     """
     columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    known = [(m, s if _known(s) else 0) for row in table.values() for m, s in row.values() if _known(m)]
-    reach = [m + sign * s for m, s in known for sign in (-1, 1)]
-    low, high = min(reach, default=0), max(reach, default=1)
+    known = [value for row in table.values() for value in row.values() if _known(value)]
+    low, high = min(known, default=0), max(known, default=1)
     low = low - (high - low) / 4 if low > high / 2 else min(low, 0)  # a quarter: the shortest bar has some length too
     marks = ticks(low, max(high, 0))
     names, inner = (min(max([text_width(t, 12) for t in texts] + [0]) + 12, 160) for texts in (table, columns))
@@ -371,50 +370,41 @@ def bars(table, path, title):
     y, zero = top, place(max(marks[0], 0))
     for label, row in table.items():
         canvas.text(10, y + 6 + 9 * len(row), label, 12, INK, "lm", names - 8)
-        for i, (column, (mean, std)) in enumerate(row.items()):
-            middle, end = y + 15 + 18 * i, zero
+        for i, (column, value) in enumerate(row.items()):
+            middle, end = y + 15 + 18 * i, place(value) if _known(value) else zero
             canvas.text(left - 8, middle, column, 12, FAINT, "rm", inner - 8)
-            text = "n/a"
-            if _known(mean):
-                end, text = place(mean), number(mean)
-                fill = COLOURS[columns.index(column) % len(COLOURS)]
-                canvas.bar(min(zero, end), middle - 6, max(zero, end), middle + 6, fill)
-                if _known(std):
-                    text += f" ± {number(std)}"
-                    a, b = place(mean - std), place(mean + std)
-                    for x0, x1, half in ((a, b, 0), (a, a + 1, 3), (b, b + 1, 3)):
-                        canvas.bar(x0, middle - half, x1, middle + half + 1, INK)
-                    end = b
-            canvas.text(max(zero, end) + 6, middle, text, 11, INK, "lm", 110)
+            fill = COLOURS[columns.index(column) % len(COLOURS)]
+            canvas.bar(min(zero, end), middle - 6, max(zero, end), middle + 6, fill)
+            canvas.text(max(zero, end) + 6, middle, number(value) if _known(value) else "n/a", 11, INK, "lm", 110)
         y += 18 * len(row) + 12
     canvas.bar(zero, top, zero + 1, bottom, FAINT)
     save(canvas.image(), path)
 
 
-def _cells(header, rows, align):
-    """-> (header and rows as lists of str, alignment). Raises ValueError where a row or align has another length."""
-    align = align or "l" + "r" * (len(header) - 1)
+def _cells(header, rows):
+    """-> header and rows as lists of str. Raises ValueError where a row is longer or shorter than the header."""
     lines = [["-" if c is None else number(c) if isinstance(c, float) else str(c) for c in r] for r in (header, *rows)]
-    if any(len(line) != len(header) for line in (*lines, align)):
-        raise ValueError(f"every row and align must have {len(header)} cells")
-    return lines, align
+    if any(len(line) != len(header) for line in lines):
+        raise ValueError(f"every row must have {len(header)} cells")
+    return lines
 
 
-def text_table(header, rows, align=None):
-    """Monospace table -> str. Floats are shortened, None is "-". align: a string of "l" and "r", by default "lrr…".
+def text_table(header, rows):
+    """Monospace table -> str, its first column to the left. Floats are shortened, None is "-".
 
     Raises ValueError where a row has not as many cells as the header.
     """
-    lines, align = _cells(header, rows, align)
+    lines = _cells(header, rows)
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * w for w in widths])
-    return "\n".join("  ".join(c.ljust(w) if a == "l" else c.rjust(w) for c, w, a in zip(line, widths, align)).rstrip()
-                     for line in lines)
+    return "\n".join(
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
+        for line in lines
+    )
 
 
-def markdown_table(header, rows, align=None):
+def markdown_table(header, rows):
     """The same as a markdown table; a "|" in a cell is escaped and a line break becomes a space."""
-    lines, align = _cells(header, rows, align)
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in lines]
-    lines.insert(1, ["---" if a == "l" else "---:" for a in align])
+    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in _cells(header, rows)]
+    lines.insert(1, ["---", *["---:"] * (len(header) - 1)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1207,7 +1207,7 @@ def compare(folders):
             notes.append(protocol(run, r))
     say(figures.text_table(header, lines), "", figures.markdown_table(header, lines), *notes, sep="\n")
     bars = {
-        run: {m.replace("_auroc", ""): (r["mean"][m], None) for m in ("image_auroc", "pixel_auroc")}
+        run: {m.replace("_auroc", ""): r["mean"][m] for m in ("image_auroc", "pixel_auroc")}
         for run, r in runs.items()
     }
     figures.bars(bars, "compare.png", "Mean AUROC")
@@ -1218,7 +1218,7 @@ def compare(folders):
             {"name": run, "x": [record["step"] for record in curve], "y": [record[key] for record in curve],
              "axis": "left" if key == "loss" else "right", "log": key == "loss", "label_ends": key != "loss"}
             for run, curve in curves.items()]} for key in ("loss", "image_auroc", "pixel_auroc")]  # fmt: skip
-        figures.small_multiples(charts, "compare-curves.png", columns=1)
+        figures.small_multiples(charts, "compare-curves.png")
         say("wrote compare-curves.png: the runs with --eval-every")
     return 0
 
