@@ -668,7 +668,7 @@ class FCDD(Method):
     a factor and what falls outside.
     """
 
-    recipe = Recipe(size=224, epochs=20, batch_size=16, lr=1e-3, demo={"size": 128, "epochs": 20})
+    recipe = Recipe(size=224, epochs=20, batch_size=16, lr=1e-3, demo={"size": 128})
     paper_recipe = Recipe(size=224, epochs=200, batch_size=128, lr=1e-3, optimiser="sgd", schedule="constant")
 
     def __init__(self, *, backbone="vgg11_bn", weights="default"):

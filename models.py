@@ -3,7 +3,7 @@
 Trained on normal images only, a reconstructor should fail on a defect and so show it. Often it learns to copy instead,
 and copies the defect too: the "identical shortcut" (UniAD, section 3). The order of this file is that story:
 
-    frozen features -> MLP, CNN, Transformer (they copy) -> UniAD -> RLR -> U-Net, EAR, FADeR -> LAMP -> METHODS
+    frozen features -> MLP, CNN, Transformer (they copy) -> UniAD -> RLR -> U-Net and LAMP, EAR, FADeR -> METHODS
 
 Papers: UniAD (You et al., NeurIPS 2022), RLR (He et al., ECCV 2024), EAR (Park et al., Scientific Reports 14:18872,
 2024), FADeR (Park et al., arXiv 2407.04597), LAMP (Park et al., ICASSP 2024).
@@ -441,6 +441,19 @@ class Layer(nn.Module):
         return self.norms[-1](x + self.dropout(self.ffn(x)))
 
 
+class Position(nn.Module):
+    """Learned position of each token, (L,C): half of the channels from its row, half from its column (UniAD's code)."""
+
+    def __init__(self, grid, width):
+        super().__init__()
+        self.row, self.column = (nn.Parameter(torch.rand(grid, width // 2)) for _ in range(2))
+
+    def forward(self):
+        grid = len(self.row)
+        column, row = self.column.expand(grid, -1, -1), self.row[:, None].expand(-1, grid, -1)  # (H,W,C/2)
+        return torch.cat([column, row], -1).flatten(0, 1)
+
+
 class Transformer(FeatureMethod):
     """Eight plain layers, a ViT over the feature tokens. Its queries come from the input itself, so it copies.
 
@@ -466,19 +479,6 @@ class Transformer(FeatureMethod):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # UniAD
-
-
-class Position(nn.Module):
-    """Learned position of each token, (L,C): half of the channels from its row, half from its column (UniAD's code)."""
-
-    def __init__(self, grid, width):
-        super().__init__()
-        self.row, self.column = (nn.Parameter(torch.rand(grid, width // 2)) for _ in range(2))
-
-    def forward(self):
-        grid = len(self.row)
-        column, row = self.column.expand(grid, -1, -1), self.row[:, None].expand(-1, grid, -1)  # (H,W,C/2)
-        return torch.cat([column, row], -1).flatten(0, 1)
 
 
 def neighbour_mask(grid, window):
@@ -653,14 +653,14 @@ class RLR(Method):
 
     Paper: He et al., ECCV 2024, section 3. EfficientNet-B6 at 256x256, strides 8 and 16: 21,514,512 trainable
     parameters. Its code steps one shared optimiser once per level; here the levels' losses are summed, one step.
-    Ours in the default recipe: standardised features, a one-cycle schedule and 10 epochs.
+    Ours in the default recipe: standardised features, 10 epochs of AdamW with a one-cycle schedule up to 4e-4 and
+    gradients clipped at 1; the paper has 200 of Adam at 1e-4.
     """
 
-    recipe = Recipe(size=256, epochs=10, batch_size=4, lr=4e-4, clip=1.0, options={"alpha": 4.0},
-                    demo={"size": 128, "epochs": 8})  # fmt: skip
+    recipe = Recipe(size=256, epochs=10, batch_size=4, lr=4e-4, clip=1.0, demo={"size": 128, "epochs": 8})
     paper_recipe = Recipe(
         size=256, epochs=200, batch_size=4, lr=1e-4, weight_decay=0.0, optimiser="adam", schedule="constant",
-        options={"alpha": 4.0, "standardise": False},
+        options={"standardise": False},
     )  # fmt: skip
     WIDTHS = {4: 128, 8: 256, 16: 512}  # network width at each stride
 
@@ -722,7 +722,7 @@ class RLR(Method):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Image reconstruction: the U-Net and its three losses
+# Image reconstruction: the U-Net, its three losses, and LAMP
 
 
 class UNet(nn.Module):
@@ -988,8 +988,9 @@ class DinoSaliency(nn.Module):
 
 
 def suspicious(saliency, kind):
-    """Binary mask (B,1,S,S) of the salient pixels. Our reading, the paper names no rule: min-max scaled attention above
-    0.22 gives its printed masks to 99.75 %; the spectral residual has another histogram, so mean + 2/3 std there."""
+    """Binary mask (B,1,S,S) of the salient pixels. Our reading, the paper names no rule: DINO's attention, min-max
+    scaled, above 0.22 agrees with the masks the paper prints in 99.75 % of the pixels; the spectral residual has
+    another histogram, so there it is the mean plus 2/3 of a standard deviation."""
     flat = saliency.flatten(1)
     low, high = flat.amin(1), flat.amax(1)
     threshold = low + 0.22 * (high - low) if kind == "dino" else flat.mean(1) + 2 / 3 * flat.std(1)
@@ -1112,13 +1113,7 @@ class FADeR(EAR):
     arXiv 2407.04597, 2024. The paper: two layers, soft masks on the skips, signals from patch-wise reconstruction
     errors, no defect labels, any deterministic masking. Ours, since normal images alone would only say "keep": the
     errors come from `disturb`, pasted over the visible part of the masked input and of which the clean image is known.
-    Tried (128x128, width 16, one seed; image / pixel AUROC), on MVTec AD's bottle with EAR of 40 epochs and spectral
-    saliency: EAR 92.0 / 69.1, control 80.2 / 70.1; "error" 92.1 / 68.8, with the errors scaled by their 95 % or 90 %
-    quantile instead of their maximum 92.5 / 70.6 and 92.5 / 73.3, per channel 92.5 / 70.2; "restore" 91.8 / 69.1, per
-    channel 91.9 / 69.1. With the mosaic everywhere (m = 32, 60 epochs): EAR 98.5 / 88.4, "error" 98.7 / 88.4, "restore"
-    98.5 / 88.2. On the synthetic set with 15 epochs, also the copy ratio: EAR 74.5 / 89.4 / .469, "error" 72.6 / 89.3 /
-    .476, by quantiles 64.8 / 85.3 / .498 and 65.5 / 78.2 / .511, "restore" 75.8 / 89.9 / .466. So what a sharper target
-    wins on one set it loses on the other, and nothing moves far: the default is the paper's form.
+    Other targets were tried (README, section 5): none moves the result far, so the default is the paper's form.
     target: "error" fits a to 1 - error per patch; "restore" trains a through the frozen decoder to restore the image.
     attenuate: which skips, 0 = shallow. shallow_off: the control, the shallow skip switched off and no attenuator.
     ear: a checkpoint of one EAR model, which takes the place of stage 1.
@@ -1186,6 +1181,7 @@ class FADeR(EAR):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# To look at and to measure: a decoder, the copy ratio; and the table of methods
 
 
 class Decoder(nn.Module):
