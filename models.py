@@ -532,8 +532,7 @@ class UniAD(FeatureMethod):
 
     recipe = Recipe(epochs=9, lr=3e-3, optimiser="muon", beta2=0.95, batch_size=8, clip=1.0,
                     options={"alpha": 8.0, "dropout": 0.0},
-                    demo={"epochs": 45, "lr": 2e-3, "optimiser": "adamw", "width": 128, "hidden": 256,
-                          "layers": 1})  # fmt: skip
+                    demo={"epochs": 20, "lr": 4e-3, "width": 128, "hidden": 256, "layers": 1})  # fmt: skip
     paper_recipe = Recipe(
         epochs=1000,
         batch_size=64,
