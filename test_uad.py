@@ -2686,7 +2686,7 @@ def test_runs_are_compared_in_text_markdown_and_a_picture(program, parts, traine
     assert "compare-curves.png" in succeed(program, "--compare", "run", "other")
     assert Image.open("compare-curves.png").height > 600  # loss, image and pixel AUROC, one below the other
     shutil.copytree("run", "series/run")
-    printed = succeed(program, "--compare", "run", "series/run", "series", "nowhere")
+    printed = succeed(program, "--compare", "run", "series/run", "nowhere")
     assert printed.count(cell) == 4 and "nowhere holds no results.json" in printed  # two runs of one name
     assert all(f"\n{name} " in printed for name in ("run", "series/run"))
     refuse(program, ["results.json"], "--compare", "nowhere")
