@@ -358,7 +358,7 @@ class CNN(FeatureMethod):
 
 
 class Dropout(nn.Module):
-    """Dropout whose CPU mask is made of random bytes: eight elements a random number, seven times as fast as nn.Dropout.
+    """Dropout whose CPU mask is made of random bytes: eight elements a random number, seven times nn.Dropout's speed.
 
     The rate is rounded to 1/256 there (0.1 becomes 26/256); the scale is exact for the rounded rate.
     """

@@ -1092,6 +1092,14 @@ def test_the_mask_moves_with_the_module_and_is_neither_trained_nor_saved():
 
 
 @torch.no_grad()
+def test_uniad_starts_from_xavier_weights_and_no_bias():
+    for name, linear in build(models.UniAD).named_modules():
+        if isinstance(linear, nn.Linear):
+            rows = linear.out_features * (3 if name[-2:] in (".q", ".k", ".v") else 1)  # three were drawn as one matrix
+            bound = (6 / (rows + linear.in_features)) ** 0.5
+            assert not linear.bias.any() and 0.98 * bound < linear.weight.abs().max() <= bound, name
+
+
 def test_every_decoder_layer_reads_its_own_query():
     method = build(models.UniAD).eval()
     f = random_tokens(method)
@@ -2303,7 +2311,7 @@ def test_muon_takes_the_matrices_of_linear_layers_and_adamw_the_rest():
     args = uad.parse("--method uniad --optimiser muon --lr 0.5 --weight-decay 0.25 --beta2 0.75".split())
     ((_, parameters),) = method.stages()
     muon, adam = uad.optimisers_of(args, method, parameters)
-    assert type(muon) is torch.optim.Muon and type(adam) is torch.optim.AdamW
+    assert type(muon) is uad.Muon and type(adam) is torch.optim.AdamW
     taken, rest = ({id(p) for p in optimiser.param_groups[0]["params"]} for optimiser in (muon, adam))
     assert taken == {id(m.weight) for m in method.modules() if isinstance(m, nn.Linear)}
     assert rest == {id(p) for p in parameters} - taken and id(method.queries) in rest
@@ -2316,6 +2324,31 @@ def test_muon_takes_the_matrices_of_linear_layers_and_adamw_the_rest():
     muon.step()
     step = (method.project_in.weight - before * (1 - 0.5 * 0.25)).square().mean().sqrt().item()
     assert 0.06 < step < 0.14
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
+def test_muon_takes_the_steps_of_pytorchs(shape):
+    torch.manual_seed(0)
+    start = torch.randn(3, *shape)
+    ours, theirs = ([nn.Parameter(x.clone()) for x in start] for _ in range(2))
+    other = torch.optim.Muon(theirs, 0.01, 0.1, adjust_lr_fn="match_rms_adamw")
+    muon = uad.Muon(ours, 0.01, 0.1)
+    for _ in range(4):
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(shape)
+            b.grad = a.grad.clone()
+        muon.step()
+        other.step()
+    moved = torch.stack([a - x for a, x in zip(ours, start)]).detach()
+    apart = torch.stack([a - b for a, b in zip(ours, theirs)]).detach()
+    assert apart.norm() < 0.03 * moved.norm()  # theirs is rounded to bfloat16 in each of its fifteen products
+
+
+def test_orthogonal_brings_all_singular_values_near_one():
+    x = torch.randn(2, 12, 30, generator=torch.Generator().manual_seed(0))
+    singular = torch.linalg.svdvals(uad.orthogonal(x))
+    assert 0.6 < singular.min() < singular.max() < 1.3
+    assert torch.allclose(uad.orthogonal(x.mT), uad.orthogonal(x).mT)
 
 
 def test_a_run_with_other_options_is_not_resumed(program, parts, monkeypatch):
@@ -2695,7 +2728,8 @@ def test_runs_are_compared_in_text_markdown_and_a_picture(program, parts, traine
 def test_several_seeds_give_mean_and_deviation(program, parts):
     command = tiny(parts, "mlp", "--out", "runs", "--seeds", 2, "--epochs", 1)
     printed = succeed(program, *command)
-    values = [100 * results(f"runs/seed{seed}")["mean"]["image_auroc"] for seed in (0, 1)]
+    values = [100 * results(f"runs/seed{seed}")["mean"]["pixel_auroc"] for seed in (0, 1)]
+    assert abs(values[0] - values[1]) > 0.1
     assert f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.2f}" in printed.rsplit("mean ", 1)[1]
     assert "runs/seed1" in succeed(program, "--compare", "runs")  # the folder stands for both
 
