@@ -1091,7 +1091,6 @@ def test_the_mask_moves_with_the_module_and_is_neither_trained_nor_saved():
     assert method.to("meta").mask.device.type == "meta"
 
 
-@torch.no_grad()
 def test_uniad_starts_from_xavier_weights_and_no_bias():
     for name, linear in build(models.UniAD).named_modules():
         if isinstance(linear, nn.Linear):
@@ -1100,6 +1099,7 @@ def test_uniad_starts_from_xavier_weights_and_no_bias():
             assert not linear.bias.any() and 0.98 * bound < linear.weight.abs().max() <= bound, name
 
 
+@torch.no_grad()
 def test_every_decoder_layer_reads_its_own_query():
     method = build(models.UniAD).eval()
     f = random_tokens(method)
@@ -2278,7 +2278,7 @@ def test_fader_refuses_an_ear_that_saw_other_inputs(program, parts):
 @pytest.mark.parametrize("method", ["cutpaste", "psvdd"])
 def test_the_curve_ends_where_the_results_are_also_where_statistics_are_fitted(program, parts, method):
     options = words_of(RANDOM) if method == "cutpaste" else ("--pairs", 2, "--width", 8, "--memory", 100)
-    succeed(program, "--method", method, "--data", parts, *TINY, *options, "--out", "run", "--eval-every", 4)
+    succeed(program, "--method", method, "--data", parts, *TINY, *options, "--out", "run", "--eval-every", 3)
     (*_, last), mean = results("run")["curve"]["all"], results("run")["mean"]
     for name in ("image_auroc", "pixel_auroc"):
         assert last[name] == pytest.approx(mean[name], abs=1e-4)

@@ -513,7 +513,7 @@ def train(method, prepared, args, device, label, resumed, save, observe):
     """Runs every stage to its last step. -> images per second of all processes, evaluation and saving left out.
 
     resumed: what `save` was given before an interruption, or none. save(state) is called every args.save_every seconds,
-    observe(step, stage, loss) after each step. Raises UserError when the loss stops being finite.
+    observe(step, stage, loss, last of the stage?) after each step. Raises UserError when the loss stops being finite.
     """
     spent = trained = 0
     for number, (stage, parameters) in enumerate(method.stages()):
@@ -565,7 +565,7 @@ def train(method, prepared, args, device, label, resumed, save, observe):
                     )
                 progress.update(k + 1, f"  loss {mean.item():.4f}")
             spent, trained = spent + time.perf_counter() - start, trained + size
-            observe(number * total + k + 1, stage, mean)
+            observe(number * total + k + 1, stage, mean, k + 1 == total)
             if time.perf_counter() - saved > args.save_every and k + 1 < total and RANK == 0:
                 save({"stage": number, "step": k + 1, "state": trained_state(method), "loss": mean.item(),
                       "random": random_state(device), "optimisers": [o.state_dict() for o in optimisers]})  # fmt: skip
@@ -851,7 +851,7 @@ def fit_one(method, group, args, device, label, resumed, save):
 
 
 class Observer:
-    """Evaluates every args.eval_every steps and writes down loss, AUROC and copy ratio: the curve of the shortcut.
+    """Evaluates every args.eval_every steps and at a stage's end, and writes down loss, AUROC and copy ratio: the curve.
 
     A diagnostic only: results are those of the final epoch, whatever the curve's peak.
     """
@@ -865,8 +865,8 @@ class Observer:
             for c in group if len(c.test) > RANK
         }  # fmt: skip
 
-    def __call__(self, step, stage, loss):
-        if not self.args.eval_every or step % self.args.eval_every:
+    def __call__(self, step, stage, loss, last):
+        if not self.args.eval_every or step % self.args.eval_every and not last:
             return
         self.fit()
         rows, _, _ = evaluate(self.method, self.group, self.args, self.device, self.cached)
