@@ -851,7 +851,7 @@ def fit_one(method, group, args, device, label, resumed, save):
 
 
 class Observer:
-    """Evaluates every args.eval_every steps and at a stage's end, and writes down loss, AUROC and copy ratio: the curve.
+    """Evaluates every args.eval_every steps and at the end of a stage: loss, AUROC and copy ratio, the curve.
 
     A diagnostic only: results are those of the final epoch, whatever the curve's peak.
     """
