@@ -675,9 +675,9 @@ class RLR(Method):
         self.backbone = Backbone(backbone, weights, levels)
         self.size, self.alpha, self.standardise, self.lamp = size, alpha if jitter else 0.0, standardise, lamp
         self.grids, channels = [size // s for s in strides], self.backbone.channels
-        if any(hides_all(neighbour_mask(grid, window_of(grid))) for grid in self.grids):
-            raise MethodError(f"--size {size} is too small: the local window would hide all tokens of a level.")
         self.nets = nn.ModuleList(ReferenceNet(c, g, self.WIDTHS[s]) for c, g, s in zip(channels, self.grids, strides))
+        if any(hides_all(net.only_far) for net in self.nets):
+            raise MethodError(f"--size {size} is too small: the local window would hide all tokens of a level.")
         for i, c in enumerate(channels):
             self.register_buffer(f"frozen_mean{i}", torch.zeros(c))
             self.register_buffer(f"frozen_std{i}", torch.ones(c))

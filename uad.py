@@ -372,9 +372,9 @@ class Prepared:
         if where == "RAM" and total > 0.8 * free_memory():
             raise UserError(f"The cache needs {total / 2**30:.1f} GiB and RAM has {free_memory() / 2**30:.1f} free: "
                             f"name a folder on disk with --cache FOLDER, or lower --size.")  # fmt: skip
-        if folder and total > shutil.disk_usage(folder).free:  # a memory map on a full disk would kill the process
+        if folder and total > (free := shutil.disk_usage(folder).free):  # a memory map on a full disk kills the process
             raise UserError(f"The cache needs {total / 2**30:.1f} GiB and --cache {folder.parent} has "
-                            f"{shutil.disk_usage(folder).free / 2**30:.1f} free: name another folder.")  # fmt: skip
+                            f"{free / 2**30:.1f} free: name another folder.")  # fmt: skip
         for i, part in enumerate(parts):
             shape = (size, *part.shape[1:])
             if folder:
