@@ -2326,6 +2326,19 @@ def test_muon_takes_the_matrices_of_linear_layers_and_adamw_the_rest():
     assert 0.06 < step < 0.14
 
 
+def test_the_estimate_counts_the_optimiser_once_a_batch(monkeypatch, capsys):
+    class Slow:
+        def step(self):
+            time.sleep(0.3)
+
+    monkeypatch.setattr(uad, "optimisers_of", lambda args, method, parameters: [Slow()])
+    args = uad.parse("--method uniad --epochs 100 --batch-size 16".split())
+    images = torch.rand(4, 3, 128, 128)
+    uad.estimate(build(models.UniAD, size=128), images, args, torch.device("cpu"), 160)  # 1000 steps: 300 s
+    minutes = int(re.search(r"about (\d+) min", capsys.readouterr().out)[1])
+    assert 5 <= minutes <= 20  # 80 if it were once an image
+
+
 @pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
 def test_muon_takes_the_steps_of_pytorchs(shape):
     torch.manual_seed(0)

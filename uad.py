@@ -484,19 +484,28 @@ def random_state(device, state=None):
 def estimate(method, images, args, device, count):
     """Says within the first minute how long the run will take: two trial steps of a copy, on a few images."""
     trial, few = copy.deepcopy(method), images[: min(args.batch_size, 4)]
+
+    def now():
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
     with torch.random.fork_rng(), torch.no_grad():
-        start = time.perf_counter()
+        start = now()
         parts = trial.prepare(few)
-        seconds = (time.perf_counter() - start) / len(few) * count
-        for stage, _ in trial.stages():
+        seconds = (now() - start) / len(few) * count
+        for stage, parameters in trial.stages():
+            optimisers = optimisers_of(args, trial, parameters)
             for _ in range(2):  # the first one warms up
-                start = time.perf_counter()
+                start = now()
                 with precision(args, device), torch.enable_grad():
                     trial.train().loss(tuple(part.float() for part in parts), stage).backward()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                once = time.perf_counter() - start
-            seconds += once / len(few) * count * args.epochs
+                there = now()
+                with precision(args, device):
+                    for optimiser in optimisers:
+                        optimiser.step()
+                an_image, a_step = (there - start) / len(few), now() - there
+            seconds += count * args.epochs * (an_image + a_step / args.batch_size)
     hint = ""
     if seconds > 3600 and device.type == "cpu":
         shrink = [f"--{n} (now {getattr(args, n, args.options.get(n))})" for n in ("epochs", "size", "width")
@@ -827,7 +836,7 @@ def fit_one(method, group, args, device, label, resumed, save):
     sample = sample_images(paths, args, device)
     with torch.no_grad(), precision(args, device):
         method.calibrate(sample)
-    estimate(method, sample, args, device, len(paths))
+    estimate(method, sample, args, device, -(-len(paths) // WORLD))
 
     def fit():
         """Every process sees all images here; a method without training never holds more than a few of them."""
