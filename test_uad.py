@@ -2867,3 +2867,16 @@ def test_two_processes_give_the_table_of_one_though_their_shares_differ(program,
     assert done.returncode == 0, done.stderr[-2000:]
     for name, value in results("one")["mean"].items():
         assert results("two")["mean"][name] == pytest.approx(value, abs=0.1), name
+
+
+def test_the_readme_names_only_commands_and_options_that_exist(program):
+    readme = (Path(uad.__file__).parent / "README.md").read_text(encoding="utf-8")
+    shared = re.search(r'^I="(.*)"$', readme, re.M)[1]
+    commands = re.findall(r"python uad\.py([^`#\n]*)", readme)
+    assert len(commands) > 20
+    for command in commands:
+        words = ["mlp" if word == "M" else word for word in command.replace("$I", shared).split()]
+        if "--load" not in words and "-h" not in words:  # there is no checkpoint here
+            uad.parse(words)
+    known = set(re.findall(r"--[a-z][a-z0-9_-]*", succeed(program, "-h"))) | {"--nproc_per_node"}
+    assert set(re.findall(r"--[a-z][a-z0-9_-]*", readme)) <= known
