@@ -357,10 +357,18 @@ class CNN(FeatureMethod):
         return self.net(x).flatten(2).transpose(1, 2)
 
 
-class Dropout(nn.Module):
-    """Dropout whose CPU mask is made of random bytes: eight elements a random number, seven times nn.Dropout's speed.
+@lru_cache(maxsize=8)
+def keep_table(p, dtype, size):
+    """(size,) independent draws of 0, with probability p, or 1 / (1 - p)."""
+    keep = torch.rand(size, generator=torch.Generator().manual_seed(0)) >= p
+    return keep.to(dtype) / (1 - p)
 
-    The rate is rounded to 1/256 there (0.1 becomes 26/256); the scale is exact for the rounded rate.
+
+class Dropout(nn.Module):
+    """Dropout whose masks, on a CPU, are pieces of one table of random draws, each from a random place on.
+
+    Random numbers cost a CPU more than all else in a dropout. Within a mask the draws are independent, and two masks
+    agree nowhere but by chance; a table of noise has served evolution strategies so (Salimans et al., 2017).
     """
 
     def __init__(self, p):
@@ -372,10 +380,10 @@ class Dropout(nn.Module):
             return x
         if x.device.type != "cpu":
             return F.dropout(x, self.p)
-        drop = round(256 * self.p)
-        noise = torch.empty(-(-x.numel() // 8), dtype=torch.int64).random_(-(2**63), None)
-        keep = noise.view(torch.uint8)[: x.numel()].view(x.shape).ge_(drop)  # bytes stay bytes: bool costs 10x here
-        return x * keep.to(x.dtype).mul_(256 / (256 - drop))
+        n = x.numel()
+        table = keep_table(self.p, x.dtype, max(1 << 20, 1 << (2 * n).bit_length()))
+        start = 32 * torch.randint((len(table) - n) // 32, ()).item()  # whole cache lines
+        return x * table[start : start + n].view(x.shape)
 
 
 class Attention(nn.Module):
@@ -407,16 +415,19 @@ class Attention(nn.Module):
 
 def attend(q, k, v, mask, dropout=None):
     """softmax(q k^T / sqrt(d) + mask) v for (B,heads,L,d), with dropout on the weights. B of q or k may be 1."""
+    q, k, v = (x.expand(max(len(q), len(k), len(v)), -1, -1, -1) for x in (q, k, v))
     dropping = dropout is not None and dropout.training and dropout.p > 0
     if q.is_cuda or (q.dtype == torch.float32 and not dropping):
-        q, k, v = (x.expand(max(len(q), len(k), len(v)), -1, -1, -1) for x in (q, k, v))
         mask = mask if mask is None else mask.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout.p if dropping else 0.0)
-    # On a CPU the fused kernel is slower in bfloat16 than these three lines, and three times slower with dropout.
+    # On a CPU the fused kernel is slower in bfloat16 than these lines, and three times slower with dropout.
     with torch.autocast("cpu", enabled=False):
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        weights = (scores if mask is None else scores + mask.to(q.dtype)).softmax(-1)
-        return (dropout(weights) if dropping else weights) @ v
+        queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))  # one copy each here saves several in the products
+        scores = (queries * q.shape[-1] ** -0.5) @ keys.mT
+        if mask is not None:
+            scores += mask.to(scores.dtype)
+        weights = scores.softmax(-1)
+        return ((dropout(weights) if dropping else weights) @ values).unflatten(0, q.shape[:2])
 
 
 class Layer(nn.Module):
@@ -573,10 +584,10 @@ class UniAD(FeatureMethod):
             q = x + position
             x = layer.attend(0, x, q, q, x, self.mask)
             x = layer.feed_forward(x)
-        memory, out = x, x
+        memory, key, out = x, x + position, x
         for i, layer in enumerate(self.decoder):
             h = out if self.queries is None else self.queries[i][None]  # (1,L,C): the same question to every image
-            h = layer.attend(0, h, h + position, memory + position, memory, self.mask)
+            h = layer.attend(0, h, h + position, key, memory, self.mask)
             h = layer.attend(1, h, h + position, out + position, out, self.mask)
             out = layer.feed_forward(h)
         return self.project_out(self.norm(out))
