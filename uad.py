@@ -535,6 +535,7 @@ def train(method, prepared, args, device, label, resumed, save, observe):
         step, optimisers = Step(method), optimisers_of(args, method, parameters)
         step = nn.parallel.DistributedDataParallel(step) if WORLD > 1 else step
         step = torch.compile(step) if args.compile else step
+        method.train()
         first, mean = 0, None
         if resumed:
             restore(method, resumed["state"])
@@ -554,12 +555,14 @@ def train(method, prepared, args, device, label, resumed, save, observe):
             epoch, at = divmod(k, per_epoch)
             if at == 0 or k == first:  # from a generator of its own, so that a resumed run sees the same order
                 order = shuffled(len(prepared), args.seed, number, epoch, RANK)
-            method.train()
+            if not method.training:  # it is after an evaluation; to ask 400 modules at every step takes a while
+                method.train()
             for group in itertools.chain(*(optimiser.param_groups for optimiser in optimisers)):
                 group["lr"] = args.lr * rate(args.schedule, k / total)
             with precision(args, device):
                 loss = step(prepared.batch(order[at * size : (at + 1) * size]), stage)
-            method.zero_grad()
+            for optimiser in optimisers:
+                optimiser.zero_grad()
             loss.backward()
             if args.clip:
                 nn.utils.clip_grad_norm_(parameters, args.clip)
