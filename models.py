@@ -668,7 +668,7 @@ class RLR(Method):
     """
 
     recipe = Recipe(size=256, epochs=4, lr=3e-3, optimiser="muon", beta2=0.95, batch_size=8, clip=1.0,
-                    demo={"size": 128, "epochs": 8})  # fmt: skip
+                    demo={"size": 128, "epochs": 4})  # fmt: skip
     paper_recipe = Recipe(
         size=256, epochs=200, batch_size=4, lr=1e-4, weight_decay=0.0, optimiser="adam", schedule="constant",
         options={"standardise": False},
