@@ -365,10 +365,10 @@ def keep_table(p, dtype, size):
 
 
 class Dropout(nn.Module):
-    """Dropout whose masks, on a CPU, are pieces of one table of random draws, each from a random place on.
+    """Dropout whose masks, on a CPU, are pieces of one table of random draws, each beginning at a random place.
 
-    Random numbers cost a CPU more than all else in a dropout. Within a mask the draws are independent, and two masks
-    agree nowhere but by chance; a table of noise has served evolution strategies so (Salimans et al., 2017).
+    Random numbers cost a CPU more than all else in a dropout. Within a mask the draws are independent; two masks may
+    share draws, but at other elements. Evolution strategies take their noise from such a table (Salimans et al., 2017).
     """
 
     def __init__(self, p):
