@@ -416,16 +416,16 @@ class Attention(nn.Module):
 def attend(q, k, v, mask, dropout=None):
     """softmax(q k^T / sqrt(d) + mask) v for (B,heads,L,d), with dropout on the weights. B of q or k may be 1."""
     q, k, v = (x.expand(max(len(q), len(k), len(v)), -1, -1, -1) for x in (q, k, v))
+    mask = mask if mask is None else mask.to(q.dtype)
     dropping = dropout is not None and dropout.training and dropout.p > 0
     if q.is_cuda or (q.dtype == torch.float32 and not dropping):
-        mask = mask if mask is None else mask.to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, mask, dropout.p if dropping else 0.0)
     # On a CPU the fused kernel is slower in bfloat16 than these lines, and three times slower with dropout.
     with torch.autocast("cpu", enabled=False):
         queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))  # one copy each here saves several in the products
         scores = (queries * q.shape[-1] ** -0.5) @ keys.mT
         if mask is not None:
-            scores += mask.to(scores.dtype)
+            scores += mask
         weights = scores.softmax(-1)
         return ((dropout(weights) if dropping else weights) @ values).unflatten(0, q.shape[:2])
 

@@ -555,8 +555,6 @@ def train(method, prepared, args, device, label, resumed, save, observe):
             epoch, at = divmod(k, per_epoch)
             if at == 0 or k == first:  # from a generator of its own, so that a resumed run sees the same order
                 order = shuffled(len(prepared), args.seed, number, epoch, RANK)
-            if not method.training:  # it is after an evaluation; to ask 400 modules at every step takes a while
-                method.train()
             for group in itertools.chain(*(optimiser.param_groups for optimiser in optimisers)):
                 group["lr"] = args.lr * rate(args.schedule, k / total)
             with precision(args, device):
@@ -888,6 +886,7 @@ class Observer:
             record["copy_ratio"] = copy_ratio(self.method, self.twins)
         say("  " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
         self.curve.append(record)
+        self.method.train()  # here, not at every step of training: that would walk through 400 frozen modules each time
 
 
 @torch.no_grad()
