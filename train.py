@@ -1,0 +1,437 @@
+"""Train any method of the contract (`Method` in models.py), and use it: `fit` and `predict`.
+
+    method = fit(models.UniAD(), images)
+    maps, scores = predict(method, more_images)         # (N,S,S) and (N,), float32 arrays
+
+This is the one optimisation loop of the project: calibrate -> prepare once an image, cached -> loss, step, loss, step …
+through every stage -> fit_statistics. Images are anything with a length and items (S,S,3) uint8, or a float tensor
+(N,3,S,S) in [0,1]. Needs torch and NumPy alone. Copy this file and models.py into your project, and both work there.
+"""
+
+import collections
+import hashlib
+import itertools
+import math
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+CHUNK = 16  # images prepared or scored at a time
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+
+
+class UserError(Exception):
+    """Something that the user can change; the message is one sentence with the way out."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it runs, and what it says
+
+
+def say(*words):
+    """print, in the first process alone."""
+    if RANK == 0:
+        print(*words, flush=True)
+
+
+class Progress:
+    """One line that renews itself on a terminal; elsewhere a plain line every tenth of the way."""
+
+    def __init__(self, label, total):
+        self.label, self.total, self.start, self.shown, self.tenth = label, total, time.perf_counter(), 0.0, 0
+
+    def update(self, done, text=""):
+        now, terminal, tenth = time.perf_counter(), sys.stdout.isatty(), 10 * done // self.total
+        due = now - self.shown > 0.2 if terminal else tenth > self.tenth
+        if done < self.total and not due:
+            return
+        self.shown, self.tenth, spent = now, tenth, now - self.start
+        left = spent / max(done, 1) * (self.total - done)
+        line = f"{self.label} {done}/{self.total}{text}  {spent:.0f} s, {left:.0f} s left"
+        if RANK == 0:
+            end = "" if terminal and done < self.total else "\n"
+            print(f"\r{line:<100}" if terminal else line, end=end, flush=True)
+
+
+def pick_device(name):
+    """'auto', 'cpu', 'cuda', 'cuda:1' -> torch.device. Raises UserError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"Unknown device {name!r}: choose auto, cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"The device {name} is not supported: choose auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"There is no device {name}: this machine shows {torch.cuda.device_count()} CUDA devices.")
+    if device.type == "cuda" and WORLD > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+class Machine:
+    """Where and how to compute. device: torch.device. precision: bf16, fp32, or auto = bf16 where it is native.
+
+    workers: threads that decode images ahead; Pillow releases Python's lock while it decodes. Raises UserError.
+    """
+
+    def __init__(self, device, precision="auto", workers=None):
+        if precision not in ("auto", "fp32", "bf16"):
+            raise UserError(f"precision={precision} is unknown: choose auto, fp32 or bf16.")
+        self.device, self.workers = device, max(1, workers or os.cpu_count() or 1)
+        if device.type == "cuda":
+            native = torch.cuda.is_bf16_supported()
+        else:
+            native = {"avx512_bf16", "amx_bf16"} & {k for k, v in torch.cpu.get_capabilities().items() if v}
+        self.bf16 = precision == "bf16" or precision == "auto" and bool(native)
+
+    def autocast(self):
+        """Matrix products and convolutions in bfloat16, the rest in float32."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def read(self, images, indices, size):
+        """Yields batches (b,3,S,S) in [0,1] on the device, read a few images ahead. Raises UserError."""
+        pool, ahead, waiting = ThreadPoolExecutor(self.workers), collections.deque(), iter(indices)
+        try:
+            while True:
+                for i in itertools.islice(waiting, 2 * CHUNK - len(ahead)):
+                    ahead.append(pool.submit(images.__getitem__, i))
+                if not ahead:
+                    return
+                chunk = [as_image(ahead.popleft().result(), size) for _ in range(min(CHUNK, len(ahead)))]
+                yield torch.stack(chunk).to(self.device)
+        finally:
+            pool.shutdown(cancel_futures=True)  # also when the reader stops early
+
+    def prepare(self, method, images, indices=None):
+        """Yields prepared batches, rounded to half precision, so that cached and streamed ones are the same."""
+        for batch in self.read(images, range(len(images)) if indices is None else indices, method.size):
+            with torch.no_grad(), self.autocast():
+                parts = tuple(part.half().float() for part in method.prepare(batch))
+            yield parts  # not inside: the caller's code would run without gradients and in bfloat16 too
+
+
+def as_image(image, size):
+    """An array (S,S,3) uint8, or a float tensor (3,S,S) in [0,1] -> the latter. Raises UserError."""
+    if isinstance(image, torch.Tensor) and image.is_floating_point() and image.shape == (3, size, size):
+        if image.min() >= 0 and image.max() <= 1:
+            return image.float()
+    elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (size, size, 3):
+        return torch.from_numpy(image).permute(2, 0, 1).float() / 255
+    found = f"{getattr(image, 'dtype', type(image).__name__)} {tuple(getattr(image, 'shape', ()))}"
+    raise UserError(f"Images must be uint8 ({size},{size},3) or float (3,{size},{size}) in [0,1]; one is {found}.")
+
+
+class Prepared:
+    """The prepared parts of some images, in half precision: on the GPU, else in RAM, else prepared anew each time."""
+
+    def __init__(self, machine, method, images, indices, label):
+        self.source, self.indices, self.tensors = (machine, method, images), list(indices), []
+        progress, done = Progress(f"{label} prepare", len(self.indices)), 0
+        for parts in machine.prepare(method, images, self.indices):
+            if not done and not self.allocate(parts):
+                return
+            for tensor, part in zip(self.tensors, parts):
+                tensor[done : done + len(part)] = part
+            done += len(parts[0])
+            progress.update(done)
+
+    def allocate(self, parts):
+        """-> whether the parts of all images fit."""
+        device, count = self.source[0].device, len(self.indices)
+        total = sum(part[0].numel() * 2 * count for part in parts)
+        on_gpu = device.type == "cuda" and total < 0.5 * torch.cuda.mem_get_info(device)[0]
+        if not on_gpu and total > 0.8 * free_memory():
+            say(f"note: {total / 2**30:.1f} GiB of prepared images do not fit: they are prepared anew in every epoch")
+            return False
+        where = device if on_gpu else "cpu"
+        self.tensors = [torch.empty((count, *part.shape[1:]), dtype=torch.half, device=where) for part in parts]
+        return True
+
+    def batch(self, rows):
+        """rows: a tensor of indices."""
+        machine, method, images = self.source
+        if self.tensors:
+            return tuple(t[rows].to(machine.device, non_blocking=True).float() for t in self.tensors)
+        chunks = machine.prepare(method, images, [self.indices[i] for i in rows.tolist()])
+        return tuple(torch.cat(part) for part in zip(*chunks))
+
+
+def free_memory():
+    """Bytes of RAM that can be had; infinity where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizers and the schedule
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum whose step is turned into the nearest orthogonal matrix (Jordan et al., 2024): every direction
+    of a weight matrix moves equally far, so that a fraction of the steps suffices. For parameters of shape (out,in).
+
+    As torch.optim.Muon with adjust_lr_fn="match_rms_adamw": the same rate serves AdamW. That one multiplies in bfloat16
+    wherever it runs, which on a processor without it takes 16 times the rest of a step; here `autocast` decides, and
+    matrices of one shape go through one batched product.
+    """
+
+    def __init__(self, parameters, lr, weight_decay, momentum=0.95):
+        super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for shape in {p.shape for p in group["params"]}:
+                same = [p for p in group["params"] if p.shape == shape and p.grad is not None]
+                ahead = []
+                for p in same:
+                    mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - momentum)
+                    ahead.append(p.grad.lerp(mean, momentum))
+                for p, direction in zip(same, orthogonal(torch.stack(ahead))):
+                    p.mul_(1 - lr * group["weight_decay"])
+                    p.add_(direction, alpha=-lr * 0.2 * max(shape) ** 0.5)  # entries as large as AdamW's
+
+
+def orthogonal(x):
+    """(N,a,b) -> (N,a,b): all singular values brought near 1 by five steps of a quintic Newton-Schulz iteration."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    for _ in range(5):  # p(s) = 3.4445 s - 4.775 s^3 + 2.0315 s^5, the published coefficients
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
+def optimizers_for(method, parameters, recipe):
+    """-> list of optimizers under one rate; "muon" gives two, Muon for the matrices of linear layers, AdamW for the rest."""
+    if recipe.optimizer == "sgd":
+        sgd = torch.optim.SGD(parameters, recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=True)
+        return [sgd]
+    linear = {id(m.weight) for m in method.modules() if isinstance(m, nn.Linear) and recipe.optimizer == "muon"}
+    matrices = [p for p in parameters if id(p) in linear]
+    rest = [p for p in parameters if id(p) not in linear]
+    if recipe.optimizer == "muon" and not matrices:
+        raise UserError("optimizer=muon is for linear layers, and this method has none to train: use adamw.")
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    how = {"betas": (0.9, recipe.beta2), "weight_decay": recipe.weight_decay, "fused": True}  # one kernel for all
+    muon = [Muon(matrices, recipe.lr, recipe.weight_decay)] if matrices else []
+    return muon + [kind(rest, recipe.lr, **how)]
+
+
+def lr_factor(schedule, progress):
+    """What the learning rate is multiplied with at `progress` in [0,1)."""
+    if schedule == "one-cycle":  # 30 % linear warm-up, then half a cosine to 0; post-norm layers need the long warm-up
+        return progress / 0.3 + 0.01 if progress < 0.3 else (1 + math.cos(math.pi * (progress - 0.3) / 0.7)) / 2
+    if schedule == "cosine":
+        return (1 + math.cos(math.pi * progress)) / 2
+    return 0.1 if schedule == "step" and progress >= 0.8 else 1.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fit and predict
+
+
+def fit(
+    method, images, *, device="auto", seed=0, precision="auto", workers=None, label="train",
+    eval_every=0, observe=None, save_every=60, save=None, resume=None, **changes,
+):  # fmt: skip
+    """Trains a method on images of good parts and returns it, in evaluation mode on its device.
+
+    images: see above. seed: of the order of images; for the weights and the noise call torch.manual_seed before the
+    constructor. changes: fields of the method's recipe, such as epochs=5.
+    observe(step, stage, loss): called every eval_every steps and at the end of a stage, with statistics fitted.
+    save(state): called every save_every seconds in the first process; resume: such a state, to go on to equal numbers.
+    Under torchrun every process calls it with all images, and they share the work. Raises UserError.
+    """
+    recipe, machine = replace(method.recipe, **changes), Machine(pick_device(device), precision, workers)
+    if not len(images):
+        raise UserError("There are no images to train on.")
+    method.to(machine.device)
+    sample = sorted(np.random.default_rng(0).permutation(len(images))[:256].tolist())  # the same for every seed
+    with torch.no_grad(), machine.autocast():
+        method.calibrate(machine.read(images, sample, method.size))
+    everything = lambda: machine.prepare(method, images)  # in every process all images, also of the others' share
+
+    def fit_statistics():
+        method.eval()
+        with torch.no_grad():
+            method.fit_statistics(everything)
+        method.fitted = True
+
+    if stages := method.stages():
+        prepared = Prepared(machine, method, images, range(RANK, len(images), WORLD), label)
+        if WORLD == 1 and prepared.tensors:
+            chunks = torch.arange(len(images)).split(CHUNK)
+            everything = lambda: map(prepared.batch, chunks)
+    for number, (stage, parameters) in enumerate(stages):
+        if resume and number < resume["stage"]:
+            continue
+        run = Stage(machine, method, recipe, parameters, len(images), (seed, number))
+        if resume:
+            run.load_state_dict(resume)
+            resume = None
+        progress, saved = Progress(f"{label} {stage}", run.total), time.perf_counter()
+        while run.step < run.total:
+            loss = run.advance(prepared, stage)
+            last = run.step == run.total
+            if run.step % 20 == 0 or last:  # reading the loss waits for a GPU: not at every step
+                if not math.isfinite(loss.item()):
+                    raise UserError(f"The loss became {loss.item()} at step {run.step} of {stage}: lower lr={recipe.lr}.")
+                progress.update(run.step, f"  loss {loss.item():.4f}")
+            if observe and eval_every and (last or (number * run.total + run.step) % eval_every == 0):
+                fit_statistics()
+                observe(number * run.total + run.step, stage, loss.item())
+                method.train()
+            if save and RANK == 0 and time.perf_counter() - saved > save_every and not last:
+                save(run.state_dict() | {"stage": number})
+                saved = time.perf_counter()
+    fit_statistics()
+    return method
+
+
+class Stage:
+    """One stage of training, step by step; its state is all that a resumed run needs to give the same numbers."""
+
+    def __init__(self, machine, method, recipe, parameters, count, seeds):
+        for p in method.parameters():
+            p.requires_grad_(False)
+        for p in parameters:
+            p.requires_grad_(True)
+        self.machine, self.method, self.recipe, self.parameters = machine, method, recipe, parameters
+        self.optimizers, self.seeds = optimizers_for(method, parameters, recipe), seeds
+        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.module = LossModule(method)
+        if WORLD > 1:
+            self.module = nn.parallel.DistributedDataParallel(self.module)
+        count //= WORLD  # every process takes the same number of steps, or some would wait for ever
+        self.batch_size = min(recipe.batch_size, max(count, 1))
+        self.per_epoch = max(1, count // recipe.batch_size)
+        self.total, self.step, self.mean, self.order = recipe.epochs * self.per_epoch, 0, None, None
+        method.train()
+        if RANK:  # noise of its own in every process; the first one's is what a single process draws
+            torch.manual_seed(seeds[0] + RANK)
+
+    def advance(self, prepared, stage):
+        """One step of the optimizers. -> running mean of the loss, on the device"""
+        epoch, at = divmod(self.step, self.per_epoch)
+        if at == 0 or self.order is None:  # from a generator of its own, so that a resumed run sees the same order
+            generator = np.random.default_rng((*self.seeds, epoch, RANK))
+            self.order = torch.from_numpy(generator.permutation(len(prepared.indices)))
+        for group in self.groups:
+            group["lr"] = self.recipe.lr * lr_factor(self.recipe.schedule, self.step / self.total)
+        batch = prepared.batch(self.order[at * self.batch_size : (at + 1) * self.batch_size])
+        with self.machine.autocast():
+            loss = self.module(batch, stage)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        if self.recipe.clip:
+            nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        with self.machine.autocast():  # Muon multiplies matrices
+            for optimizer in self.optimizers:
+                optimizer.step()
+        self.step += 1
+        loss = loss.detach()
+        self.mean = loss if self.mean is None else torch.lerp(self.mean, loss, max(0.02, 1 / self.step))
+        return self.mean
+
+    def state_dict(self):
+        cuda = [torch.cuda.get_rng_state(self.machine.device)] if self.machine.device.type == "cuda" else []
+        return {"step": self.step, "loss": self.mean.item(), "random": [torch.get_rng_state(), *cuda],
+                "state": trained_state(self.method), "optimizers": [o.state_dict() for o in self.optimizers]}  # fmt: skip
+
+    def load_state_dict(self, state):
+        restore(self.method, state["state"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        self.step, self.mean = state["step"], torch.tensor(state["loss"], device=self.machine.device)
+        torch.set_rng_state(state["random"][0])
+        if RANK:
+            torch.manual_seed(self.seeds[0] + RANK + self.step)
+        if self.machine.device.type == "cuda" and len(state["random"]) > 1:  # the run may have begun on a CPU
+            torch.cuda.set_rng_state(state["random"][1], self.machine.device)
+
+
+class LossModule(nn.Module):
+    """The loss as a module's forward, which is what data-parallel training wraps."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, batch, stage):
+        return self.method.loss(batch, stage)
+
+
+def predict(method, images, *, precision="auto", workers=None, indices=None):
+    """-> anomaly maps (N,S,S) and image scores (N,), float32 arrays. images: see above; indices: of some of them.
+
+    Raises UserError for images of another shape, models.MethodError for a method that was never fitted.
+    """
+    device = next(itertools.chain(method.parameters(), method.buffers()), torch.zeros(0)).device
+    machine, maps, scores = Machine(device, precision, workers), [], []
+    for batch in machine.prepare(method, images, indices):
+        batch_maps, batch_scores = method.score(batch)
+        maps.append(batch_maps.float().cpu().numpy())
+        scores.append(batch_scores.float().cpu().numpy())
+    empty = np.zeros((0, method.size, method.size), np.float32), np.zeros(0, np.float32)
+    return (np.concatenate(maps), np.concatenate(scores)) if maps else empty
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is kept
+
+
+def trained_state(method):
+    """The state dict without the frozen backbone, which is known by its name and checksum."""
+    return {k: v.cpu() for k, v in method.state_dict().items() if not k.startswith("backbone.")}
+
+
+def restore(method, state):
+    """Loads what `trained_state` gave. Raises UserError where it does not fit."""
+    try:
+        missing, unexpected = method.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise UserError(f"The saved state does not fit: {str(error).splitlines()[-1].strip()}") from None
+    wrong = [name for name in missing if not name.startswith("backbone.")] + unexpected
+    if wrong:
+        raise UserError(f"The saved state lacks or has too much of {', '.join(wrong[:3])}: it is another method's.")
+
+
+def checksum(method):
+    """Of the frozen backbone, str: a saved state does not hold it, so it must be the same one again."""
+    key = hashlib.sha256()
+    for name, tensor in sorted(method.state_dict().items()):
+        if name.startswith("backbone."):
+            key.update(tensor.cpu().contiguous().numpy().tobytes())
+    return key.hexdigest()[:16]
+
+
+def write(path, content):
+    """Writes text, or anything else by torch.save, under a temporary name and renames it: never half a file."""
+    path, temporary = Path(path), Path(f"{path}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            temporary.write_text(content)
+        else:
+            torch.save(content, temporary)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"Cannot write {path} ({error}): free some space or name another folder.") from None
