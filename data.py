@@ -220,14 +220,14 @@ class Images:
     """
 
     def __init__(self, items, size):
-        self.paths = [item.path if isinstance(item, Item) else item for item in items]
-        self.size = size
+        self.items, self.size = list(items), size
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.items)
 
     def __getitem__(self, index):
-        return read_image(self.paths[index], self.size)
+        item = self.items[index]
+        return read_image(item.path if isinstance(item, Item) else item, self.size)
 
 
 @contextmanager

@@ -35,6 +35,18 @@ def require(condition, message):
         raise MethodError(message)
 
 
+def at_least(low, **options):
+    """Raises MethodError unless each of these options is a finite number of at least `low`."""
+    for name, value in options.items():
+        require(low <= value < math.inf, f"{name}={value} must be at least {low} and finite.")
+
+
+def one_of(known, **options):
+    """Raises MethodError unless each of these options is one of the `known` values."""
+    for name, value in options.items():
+        require(value in known, f"{name}={value} is unknown: choose one of {', '.join(map(str, known))}.")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The contract
 
@@ -53,18 +65,11 @@ class Recipe:
     clip: float = 0.0  # the gradient's norm is clipped to this; 0: not at all
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size"):
-            require(getattr(self, name) >= 1, f"{name} must be at least 1.")
-        require(0 < self.lr < math.inf, "lr must be above 0 and finite.")
-        for name in ("weight_decay", "clip"):
-            require(0 <= getattr(self, name) < math.inf, f"{name} must be at least 0 and finite.")
-        require(0 <= self.beta2 < 1, "beta2 must be at least 0 and below 1.")
-        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-            value = getattr(self, name)
-            require(value in known, f"{name}={value} is unknown: choose one of {', '.join(known)}.")
-
-
-OPTIMIZERS, SCHEDULES = ("adamw", "adam", "sgd", "muon"), ("one-cycle", "cosine", "step", "constant")
+        at_least(1, epochs=self.epochs, batch_size=self.batch_size)
+        at_least(0, lr=self.lr, weight_decay=self.weight_decay, clip=self.clip, beta2=self.beta2)
+        require(self.lr > 0 and self.beta2 < 1, "lr must be above 0, and beta2 below 1.")
+        one_of(("adamw", "adam", "sgd", "muon"), optimizer=self.optimizer)
+        one_of(("one-cycle", "cosine", "step", "constant"), schedule=self.schedule)
 
 
 def guard_prepare(prepare):
@@ -204,6 +209,32 @@ def whitening(covariance):
     return covariance
 
 
+class Rarity(nn.Module):
+    """How rare a residual r = f^ - f is: |W (r - mu)|, W'W = (Sigma + lambda s I)^-1, Mahalanobis' distance.
+
+    mu and Sigma are those of normal residuals, s the mean variance. Some channels are hard to restore on every normal
+    part, others never miss: in the plain length |r| of the papers what is merely hard drowns what is wrong. Ours, on by
+    default; `whiten=False` is the papers' plain length. (...,C) -> (...); plain before `fit`.
+    """
+
+    RIDGE = 0.01  # lambda
+
+    def __init__(self, channels):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("matrix", torch.eye(channels))
+
+    def fit(self, residuals):
+        """residuals: an iterator of (B,L,C)"""
+        mean, covariance = gaussians(r.flatten(0, 1)[:, None] for r in residuals)
+        variances = covariance.diagonal(dim1=1, dim2=2)
+        variances.add_(self.RIDGE * variances.mean())
+        self.mean, self.matrix = mean[0], whitening(covariance)[0]
+
+    def forward(self, residual):
+        return ((residual - self.mean) @ self.matrix.T).norm(dim=-1)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Frozen features
 
@@ -284,7 +315,7 @@ class Backbone(nn.Module):
 
     def __init__(self, name, weights="default", levels=None):
         super().__init__()
-        require(name in STAGES, f"Unknown backbone {name!r}: choose one of {', '.join(sorted(STAGES))}.")
+        one_of(STAGES, backbone=name)
         self.name, self.levels = name, levels or tuple(range(len(STAGES[name])))
         children = self._lite(name, weights) if name in LITE else self._torchvision(name, weights)
         ends = [STAGES[name][i] for i in range(max(self.levels) + 1)]
@@ -363,23 +394,26 @@ class FeatureMethod(Method):
     """Reconstructs frozen feature tokens f, and takes the distance |f^ - f| for the anomaly map (UniAD, section 3.2).
 
     Levels at strides 2 to 16 are brought to one grid, S/16 x S/16, and concatenated to C channels. The image's score
-    is the maximum of 16x16 averages of its map (the paper's code). Three things are ours, and `paper` undoes them:
+    is the maximum of 16x16 averages of its map (the paper's code). Four things are ours, and `paper` undoes them:
     backbone: EfficientNet-Lite2, whose weights need no download, for B4.
     standardize: see Standardize. On raw channels training is many times slower.
+    whiten: the distance is weighed by what is rare, see Rarity.
     resize: "average" takes the mean of all features that fall into a cell of the grid. The paper's "bilinear" (corners
     aligned) looks at four of the 64 at stride 2, and what it happens to hit is noise to every reconstructor.
     """
 
-    paper = {"backbone": "efficientnet_b4", "standardize": False, "resize": "bilinear"}
+    paper = {"backbone": "efficientnet_b4", "standardize": False, "resize": "bilinear", "whiten": False}
 
     def __init__(
-        self, *, backbone="efficientnet_lite2", weights="default", size=224, standardize=True, resize="average"
-    ):
+        self, *, backbone="efficientnet_lite2", weights="default", size=224, standardize=True, resize="average",
+        whiten=True,
+    ):  # fmt: skip
         super().__init__(size)
-        require(resize in ("average", "bilinear"), f"resize={resize} is unknown: choose average or bilinear.")
+        one_of(("average", "bilinear"), resize=resize)
         self.backbone, self.resize, self.grid = Backbone(backbone, weights), resize, size // 16
         self.channels = sum(self.backbone.channels)
         self.standardize = Standardize(self.channels) if standardize else nn.Identity()
+        self.rarity = Rarity(self.channels) if whiten else None
 
     def features(self, images):
         """(B,3,S,S) -> (B,C,H,W), H = W = S/16: all levels on one grid."""
@@ -401,14 +435,22 @@ class FeatureMethod(Method):
         raise NotImplementedError
 
     def loss(self, batch, stage):
-        return F.mse_loss(self.reconstruct(batch[0]).float(), batch[0])
+        return self.residual(batch).square().mean()
+
+    def residual(self, batch):
+        return self.reconstruct(batch[0]).float() - batch[0]
+
+    def fit_statistics(self, batches):
+        if self.rarity:
+            self.rarity.fit(self.residual(batch) for batch in batches())
 
     def reconstruction(self, batch):
         return [(to_grid(batch[0]), to_grid(self.reconstruct(batch[0]).float()))]
 
     def score(self, batch):
-        distance = (self.reconstruct(batch[0]).float() - batch[0]).norm(dim=-1, keepdim=True)  # (B,L,1)
-        maps = F.interpolate(to_grid(distance), (self.size, self.size), mode="bilinear", align_corners=True)
+        residual = self.residual(batch)
+        distance = self.rarity(residual) if self.rarity else residual.norm(dim=-1)  # (B,L)
+        maps = F.interpolate(to_grid(distance[..., None]), (self.size, self.size), mode="bilinear", align_corners=True)
         return maps.squeeze(1), F.avg_pool2d(maps, 16, stride=1).amax((1, 2, 3))
 
 
@@ -566,7 +608,7 @@ class Transformer(FeatureMethod):
 
 
 def check_transformer(width, heads, layers, hidden, dropout):
-    require(min(width, heads, layers, hidden) >= 1, "width, heads, layers and hidden must be at least 1.")
+    at_least(1, width=width, heads=heads, layers=layers, hidden=hidden)
     require(0 <= dropout < 1, "dropout must be at least 0 and below 1.")
 
 
@@ -636,7 +678,8 @@ class UniAD(FeatureMethod):
     ):  # fmt: skip
         super().__init__(**options)
         check_transformer(width, heads, layers, hidden, dropout)
-        require(0 <= alpha < math.inf and window >= 1, "alpha must be at least 0 and finite, window at least 1.")
+        at_least(0, alpha=alpha)
+        at_least(1, window=window)
         self.alpha = alpha if jitter else 0.0
         self.project_in, self.project_out = nn.Linear(self.channels, width), nn.Linear(width, self.channels)
         self.position = Position(self.grid, width)
@@ -759,17 +802,17 @@ class RLR(Method):
     WIDTHS = {4: 128, 8: 256, 16: 512}  # network width at each stride
 
     def __init__(
-        self, *, backbone="efficientnet_lite2", weights="default", size=256, strides=(8, 16), alpha=4.0, jitter=True,
+        self, *, backbone="efficientnet_lite2", weights="default", size=256, strides=(8, 16), alpha=4.0,
         standardize=True, lamp=False,
     ):  # fmt: skip
         super().__init__(size)
         require(strides and set(strides) <= set(self.WIDTHS), f"strides={strides} must be a choice of 4, 8 and 16.")
         require(size % max(strides) == 0, f"size={size} must be a multiple of the stride {max(strides)}.")
-        require(0 <= alpha < math.inf, "alpha must be at least 0 and finite.")
+        at_least(0, alpha=alpha)
         # The levels of every backbone double their stride from one to the next and end at 16, the last of the list.
         levels = [int(math.log2(s)) - 5 + len(STAGES.get(backbone, ())) for s in strides]
         self.backbone = Backbone(backbone, weights, levels)
-        self.alpha, self.lamp = alpha if jitter else 0.0, lamp
+        self.alpha, self.lamp = alpha, lamp
         channels = self.backbone.channels
         self.nets = nn.ModuleList(ReferenceNet(c, size // s, self.WIDTHS[s]) for c, s in zip(channels, strides))
         self.standardize = nn.ModuleList(Standardize(c) if standardize else nn.Identity() for c in channels)
@@ -949,7 +992,7 @@ class ImageMethod(Method):
     def __init__(self, *, size=256, width=64, lamp=False):
         super().__init__(size)
         require(size % 8 == 0, f"size={size} must be a multiple of 8: the network halves it three times.")
-        require(width >= 4, "width must be at least 4.")
+        at_least(4, width=width)
         self.lamp = lamp
         widths = (width, 2 * width, 4 * width, 8 * width)
         ups = [(w, w, w) for w in widths[:-1]]
@@ -1104,11 +1147,10 @@ class EAR(ImageMethod):
 
     paper = {"saliency": "dino"}
     MOSAICS = (64, 32, 16, 8, 4, 2)
-    SALIENCIES = ("auto", "dino", "spectral", "everywhere", "nowhere")
 
     def __init__(self, *, saliency="auto", mosaic="auto", weights="default", **options):
         super().__init__(**options)
-        require(saliency in self.SALIENCIES, f"saliency={saliency}: choose one of {', '.join(self.SALIENCIES)}.")
+        one_of(("auto", "dino", "spectral", "everywhere", "nowhere"), saliency=saliency)
         side = str(mosaic)
         known = side == "auto" or side.isdecimal() and 1 <= int(side) <= 256
         require(known, f"mosaic={mosaic} is no block side: give 1 to 256 pixels, or auto.")
@@ -1218,7 +1260,7 @@ class FADeR(EAR):
 
     def __init__(self, *, target="error", attenuate=(0, 1, 2), shallow_off=False, **options):
         super().__init__(**options)
-        require(target in ("error", "restore"), f"target={target} is unknown: choose error or restore.")
+        one_of(("error", "restore"), target=target)
         require(set(attenuate) <= {0, 1, 2}, f"attenuate={attenuate} must be a choice of the skips 0, 1 and 2.")
         self.target, self.shallow_off = target, shallow_off
         channels = [block[0][0].out_channels for block in self.unet.encoder]
@@ -1274,13 +1316,15 @@ class Decoder(Method):
         self.targets = lambda x: tuple(target.float() for target, _ in method.reconstruction(method.prepare(x)))
         with torch.no_grad():
             shapes = [f.shape for f in self.targets(images)]
-        self.grid = max(shape[-1] for shape in shapes)
-        block = lambda i, o: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU())
-        doublings = max(0, math.ceil(math.log2(self.size / 2 / self.grid)))  # half the side: features tell no more
-        widths = [max(32, 128 >> i) for i in range(doublings + 1)]
-        self.start = block(sum(shape[1] for shape in shapes), widths[0])
-        self.up = nn.ModuleList(block(i, o) for i, o in zip(widths, widths[1:]))
-        self.out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+        self.grid, channels = max(shape[-1] for shape in shapes), sum(shape[1] for shape in shapes)
+        layers, width, side = [], 128, self.grid
+        while True:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
+            if side >= self.size / 2:  # features tell no finer detail
+                break
+            layers.append(nn.Upsample(scale_factor=2, mode="bilinear"))
+            channels, width, side = width, max(32, width // 2), 2 * side
+        self.net = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1), nn.Sigmoid())
         self.to(memory_format=torch.channels_last)
 
     def prepare(self, images):
@@ -1292,11 +1336,8 @@ class Decoder(Method):
 
     def forward(self, levels):
         """List of (B,C_l,h_l,w_l) -> (B,3,S,S) in [0,1]."""
-        resize = partial(F.interpolate, mode="bilinear")
-        x = self.start(torch.cat([resize(f.float(), size=(self.grid, self.grid)) for f in levels], 1))
-        for block in self.up:
-            x = block(resize(x, scale_factor=2))
-        return resize(self.out(x).sigmoid().float(), size=(self.size, self.size))
+        levels = [F.interpolate(f.float(), (self.grid, self.grid), mode="bilinear") for f in levels]
+        return F.interpolate(self.net(torch.cat(levels, 1)).float(), (self.size, self.size), mode="bilinear")
 
 
 def copy_ratio(pairs_clean, pairs_defective, masks):

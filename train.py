@@ -64,18 +64,13 @@ def pick_device(name):
     """'auto', 'cpu', 'cuda', 'cuda:1' -> torch.device. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"Unknown device {name!r}: choose auto, cpu, cuda or cuda:N.") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"The device {name} is not supported: choose auto, cpu, cuda or cuda:N.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"There is no device {name}: this machine shows {torch.cuda.device_count()} CUDA devices.")
-    if device.type == "cuda" and WORLD > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    return device
+    count = torch.cuda.device_count()
+    if name not in ("cpu", "cuda", *(f"cuda:{i}" for i in range(count))) or name == "cuda" and not count:
+        raise UserError(f"There is no device {name}: choose auto or cpu; this machine shows {count} CUDA devices.")
+    if name != "cpu" and WORLD > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
+    return torch.device(name)
 
 
 class Machine:
@@ -88,11 +83,10 @@ class Machine:
         if precision not in ("auto", "fp32", "bf16"):
             raise UserError(f"precision={precision} is unknown: choose auto, fp32 or bf16.")
         self.device, self.workers = device, max(1, workers or os.cpu_count() or 1)
-        if device.type == "cuda":
-            native = torch.cuda.is_bf16_supported()
-        else:
-            native = {"avx512_bf16", "amx_bf16"} & {k for k, v in torch.cpu.get_capabilities().items() if v}
-        self.bf16 = precision == "bf16" or precision == "auto" and bool(native)
+        able = torch.cpu.get_capabilities()
+        on_cpu = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else on_cpu
+        self.bf16 = precision == "bf16" or precision == "auto" and native
 
     def autocast(self):
         """Matrix products and convolutions in bfloat16, the rest in float32."""

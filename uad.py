@@ -45,11 +45,10 @@ METHODS = models.METHODS | baselines.METHODS
 SETTINGS = {"precision": "auto", "workers": os.cpu_count() or 1, "save_every": 60.0, "decode": False}  # the program's
 SMALL = {"size": 128, "width": 16, "epochs": 15}
 DEMO = {  # what runs on the synthetic set change, to end in minutes on a CPU
-    "uniad": {"epochs": 20, "lr": 4e-3, "width": 128, "hidden": 256, "layers": 1}, "rlr": {"size": 128},
-    "ae": SMALL, "unet": SMALL, "ear": SMALL, "fader": SMALL, "cutpaste": {"size": 128, "epochs": 8},
-    "us": {"size": 128, "epochs": 12, "width": 16}, "draem": {"size": 128, "epochs": 30, "width": 8},
-    "psvdd": {"size": 128, "epochs": 20, "width": 32, "memory": 10000}, "padim": {"dims": 100}, "fcdd": {"size": 128},
-}  # fmt: skip
+    "uniad": {"epochs": 20, "lr": 4e-3, "width": 128, "hidden": 256, "layers": 1},
+    "rlr": {"size": 128},
+    **dict.fromkeys(("ae", "unet", "ear", "fader"), SMALL),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,7 +65,7 @@ def flags():
     p = Parser(add_help=False, formatter_class=style, usage="uad.py [options] [name=value ...]", allow_abbrev=False)
     add = p.add_argument
     add("-h", "--help", action="store_true", help="this, with the options of --method and their defaults")
-    add("--method", metavar="NAME", help=", ".join(METHODS))
+    add("--method", choices=METHODS, metavar="NAME", help=", ".join(METHODS))
     add("--data", metavar="FOLDER", help="MVTec AD or VisA layout, or one category; without it: synthetic data")
     add("--categories", nargs="+", metavar="NAME", help="only these")
     add("--separate", action="store_true", help="one model per category; default: one for all")
@@ -148,23 +147,24 @@ def parse(argv):
     args = flags().parse_args([word for word in argv if not is_setting(word)])
     loaded = read_checkpoint(args.load) if args.load is not None else None
     name = loaded["method"] if loaded else args.method or "uniad"
-    if name not in METHODS or args.method not in (None, name):
-        raise UserError(f"--method {args.method}: {'this checkpoint is of ' + name if loaded else 'there is none such'}; "
-                        f"choose one of {', '.join(METHODS)}.")  # fmt: skip
+    if args.method not in (None, name):
+        raise UserError(f"--method {args.method}: {args.load} is a checkpoint of {name}: leave the option out.")
     defaults = defaults_of(METHODS[name])
-    values = defaults | (METHODS[name].paper if args.recipe == "paper" else {})
-    values |= DEMO.get(name, {}) if args.data is None else {}
-    values |= loaded["options"] | loaded["recipe"] if loaded else {}
-    given = {key: getattr(args, key) for key in ("epochs", "batch_size", "lr", "size", "backbone", "weights")}
-    given = {key: text for key, text in given.items() if text is not None}
-    given |= dict(word.split("=", 1) for word in argv if is_setting(word))
-    for key, text in given.items():
+    if loaded:
+        values = defaults | loaded["options"] | loaded["recipe"]
+        args.separate = loaded["run"]["separate"]
+        args.data, args.categories = args.data or loaded["run"]["data"], args.categories or loaded["run"]["categories"]
+    else:
+        values = defaults | (DEMO.get(name, {}) if args.data is None else {})
+        values |= METHODS[name].paper if args.recipe == "paper" else {}
+    given = [(key, getattr(args, key)) for key in ("epochs", "batch_size", "lr", "size", "backbone", "weights")]
+    given += [word.split("=", 1) for word in argv if is_setting(word)]
+    for key, text in given:
+        if text is None:
+            continue
         if key not in defaults:
             raise UserError(f"{name} has no option {key}: it has {', '.join(defaults)}.")
         values[key] = typed(key, text, defaults[key])
-    if loaded:
-        args.separate = loaded["run"]["separate"]
-        args.data, args.categories = args.data or loaded["run"]["data"], args.categories or loaded["run"]["categories"]
     if args.help:
         words = " ".join(f"{key}={shown(value)}" for key, value in values.items())
         print(flags().format_help(), f"name=value, with the defaults of {name}:", textwrap.fill(words, 118), sep="\n")
@@ -199,7 +199,7 @@ def run(args, plan, loaded):
     out = Path(args.out or (Path(args.load).parent / "evaluation" if loaded else default_out(args, plan.name)))
     writable(out)
     about = {name: getattr(args, name) for name in ("data", "categories", "separate", "seed", "holdout", "quantile")}
-    say(f"{plan.name} on {root}, {len(categories)} categories, {'one model each' if args.separate else 'one model'}, "
+    say(f"{plan.name}: {'a model for each' if args.separate else 'one model for all'} of {len(categories)} categories, "
         f"seed {args.seed}, {machine(device)}; changed from the defaults: {plan.changed() or 'nothing'}")  # fmt: skip
 
     content = {"version": VERSION, "method": plan.name, "options": plan.options, "run": about,
@@ -232,12 +232,13 @@ def run(args, plan, loaded):
         if not args.no_panels:
             panels(method, group, scores, entry, plan, out)
 
-    results = without_nan({
+    results = {
         "method": plan.name, "data": str(root), "unified": not args.separate, "seed": args.seed,
         "config": plan.options | content["recipe"] | plan.settings | about, "categories": rows, "mean": mean_row(rows),
         "copy_ratio": ratios, "curve": {e["name"]: e["curve"] for e in content["models"]}, "phases": phases,
         "test_images_per_s": sum(len(c.test) for c in categories) / phases["test"],
-        "seconds": time.perf_counter() - start, "device": machine(device)})  # fmt: skip
+        "seconds": time.perf_counter() - start, "device": machine(device)}  # fmt: skip
+    results = json.loads(json.dumps(results), parse_constant=lambda nan: None)  # JSON has no NaN
     if RANK == 0:
         report(results, out)
         if not loaded:
@@ -417,22 +418,13 @@ def reload(method, entry):
 
 
 def writable(out):
-    """Makes the folder and tries it, before any work is done for it. Raises UserError."""
+    """Makes the folder before any work is done for it. Raises UserError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / f".try{RANK}").touch()
         (out / f".try{RANK}").unlink()
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror}): name another folder.") from None
-
-
-def without_nan(value):
-    """NaN -> None all the way down, since JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def table(header, rows):
@@ -471,13 +463,11 @@ def draw_curve(curve, title, path):
     steps, series = [record["step"] for record in curve], []
     for key in ("loss", "image_auroc", "pixel_auroc", "copy_ratio"):
         y = [math.nan if record[key] is None else record[key] for record in curve]
-        axis, ends = "left" if key == "loss" else "right", figures.peak_and_final(steps, y)
-        if ends:
-            series.append({"name": key.replace("_", " "), "x": steps, "y": y, "axis": axis, "log": key == "loss",
-                           "label_ends": "auroc" in key})  # fmt: skip
-        if "auroc" in key and ends:
-            (peak_at, peak), (_, final) = ends
-            say(f"{key}: peak {peak:.4f} at step {peak_at:.0f}, final {final:.4f}, drop {peak - final:.4f}")
+        axis = "left" if key == "loss" else "right"
+        series.append({"name": key, "x": steps, "y": y, "axis": axis, "log": key == "loss", "label_ends": key != "loss"})
+        if ends := figures.peak_and_final(steps, y):
+            (at, peak), (_, final) = ends
+            say(f"{key}: peak {peak:.4f} at step {at:.0f}, final {final:.4f}")
     figures.curve(series, path, title)
 
 
@@ -493,55 +483,52 @@ def fit_decoder(method, group, plan):
     """decode=True: pictures of a method's features; None where it reconstructs none, or images."""
     images = data.Images([item for category in group for item in category.train], method.size)
     few = next(train.Machine(device_of(method)).read(images, range(2), method.size))
-    with torch.no_grad():
-        pairs = method.reconstruction(method.prepare(few))
+    pairs = method.reconstruction(method.prepare(few))
     if not plan.settings["decode"] or not pairs or pairs[0][0].shape[1] == 3:
         return None
     return train.fit(models.Decoder(method, few), images, device=str(few.device), label="decoder", **plan.how())
 
 
-@torch.no_grad()
 def panels(method, group, scores, entry, plan, out):
     """panels/CATEGORY.png: the worst false alarms, the worst misses and the clearest find of each kind of defect."""
-    with torch.enable_grad():
-        decoder = fit_decoder(method, group, plan)
+    decoder = fit_decoder(method, group, plan)
     for category in group if RANK == 0 else []:
         ranges, order = entry | entry["of"].get(category.name, {}), np.argsort(scores[category.name]).tolist()
         good = [i for i in order if not category.test[i].label]
         bad = [i for i in order if category.test[i].label]
-        chosen = [*good[-2:][::-1], *bad[:2]]
-        for kind in sorted({category.test[i].defect for i in bad}):
-            chosen.append(next(i for i in reversed(bad) if category.test[i].defect == kind))
-        chosen = list(dict.fromkeys(chosen))[:8]
-        images = data.Images([category.test[i] for i in chosen], method.size)
-        (batch,) = train.Machine(device_of(method)).prepare(method, images)
-        maps, pairs, rows = method.score(batch)[0].float().cpu().numpy(), method.reconstruction(batch), []
+        clearest = {category.test[i].defect: i for i in bad}  # the last of a kind has its highest score
+        chosen = list(dict.fromkeys([*good[-2:][::-1], *bad[:2], *clearest.values()]))[:8]
+        images, rows = data.Images([category.test[i] for i in chosen], method.size), []
+        (batch,) = train.Machine(device_of(method)).prepare(method, images)  # eight images: one batch
+        maps = method.score(batch)[0].float().cpu().numpy()
+        restored = restored_tiles(method.reconstruction(batch), decoder)
         for row, item in enumerate(images.items):
-            tiles = {"input": images[row]} | restored_tiles([[x[row : row + 1] for x in pair] for pair in pairs], decoder)
+            tiles = {"input": images[row]} | {name: stack[row] for name, stack in restored.items()}
             known = item.masks or not item.label
             tiles["ground truth"] = data.read_mask(item, method.size) if known else None
             tiles["anomaly map"] = figures.overlay(images[row], maps[row], ranges["low"], ranges["high"])
             score = float(scores[category.name][chosen[row]])
-            verdict = "" if (score > ranges["threshold"]) == item.label else "miss" if item.label else "false alarm"
-            name = f"{item.defect}/{item.path.stem}"
-            rows.append({"name": name, "verdict": verdict, "score": score, "images": tiles})
+            wrong = (score > ranges["threshold"]) != item.label
+            rows.append({"name": f"{item.defect}/{item.path.stem}", "score": score, "images": tiles,
+                         "verdict": ("miss" if item.label else "false alarm") if wrong else ""})  # fmt: skip
         note = (f"Scores above {ranges['threshold']:.3g} count as defective. First the highest-scoring normal images and "
                 f"the lowest-scoring defective ones, then the clearest of each kind.")  # fmt: skip
         picture = figures.panel(rows, ranges["low"], ranges["high"], f"{plan.name}: {category.name}", note)
         figures.save(picture, out / f"panels/{category.name}.png")
 
 
+@torch.no_grad()
 def restored_tiles(pairs, decoder):
-    """The reconstruction of one image: as a picture where it is one or can be decoded, else its distance."""
-    picture = lambda x: (x[0].permute(1, 2, 0).clamp(0, 1) * 255).byte().cpu().numpy()
+    """-> {name: (B,...)}: the reconstruction as a picture where it is one or can be decoded, else its distance."""
+    picture = lambda x: (x.movedim(1, -1).clamp(0, 1) * 255).byte().cpu().numpy()
     if not pairs:
         return {}
-    (target, restored), (targets, reconstructions) = pairs[0], zip(*pairs)
-    if target.shape[1] == 3:
-        return {"reconstruction": picture(restored)}
+    targets, restored = zip(*pairs)
+    if targets[0].shape[1] == 3:
+        return {"reconstruction": picture(restored[0])}
     if decoder:
-        return {"features decoded": picture(decoder(targets)), "restored, decoded": picture(decoder(reconstructions))}
-    return {"feature distance": (restored - target)[0].norm(dim=0).cpu().numpy()}
+        return {"features decoded": picture(decoder(targets)), "restored, decoded": picture(decoder(restored))}
+    return {"feature distance": (restored[0] - targets[0]).norm(dim=1).cpu().numpy()}
 
 
 def device_of(method):
