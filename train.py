@@ -42,22 +42,19 @@ def say(*words):
 
 
 class Progress:
-    """One line that renews itself on a terminal; elsewhere a plain line every tenth of the way."""
+    """A line with what is done and the time left: renewed on a terminal, elsewhere printed at every tenth."""
 
     def __init__(self, label, total):
-        self.label, self.total, self.start, self.shown, self.tenth = label, total, time.perf_counter(), 0.0, 0
+        self.label, self.total, self.start, self.tenth = label, total, time.perf_counter(), 0
 
     def update(self, done, text=""):
-        now, terminal, tenth = time.perf_counter(), sys.stdout.isatty(), 10 * done // self.total
-        due = now - self.shown > 0.2 if terminal else tenth > self.tenth
-        if done < self.total and not due:
-            return
-        self.shown, self.tenth, spent = now, tenth, now - self.start
-        left = spent / max(done, 1) * (self.total - done)
-        line = f"{self.label} {done}/{self.total}{text}  {spent:.0f} s, {left:.0f} s left"
-        if RANK == 0:
-            end = "" if terminal and done < self.total else "\n"
-            print(f"\r{line:<100}" if terminal else line, end=end, flush=True)
+        tenth, end, terminal = 10 * done // self.total, done == self.total, sys.stdout.isatty()
+        if not RANK and (terminal or tenth > self.tenth):
+            spent = time.perf_counter() - self.start
+            left = spent / done * (self.total - done)
+            line = f"{self.label} {done}/{self.total}{text}  {spent:.0f} s, {left:.0f} s left"
+            print(f"\r{line:<100}" if terminal else line, end="" if terminal and not end else "\n", flush=True)
+        self.tenth = tenth
 
 
 def pick_device(name):
@@ -212,19 +209,20 @@ def orthogonal(x):
 
 
 def optimizers_for(method, parameters, recipe):
-    """-> list of optimizers under one rate; "muon" gives two, Muon for the matrices of linear layers, AdamW for the rest."""
+    """-> list of optimizers under one rate; for "muon" Muon of the linear layers' matrices, and AdamW of the rest."""
+    how = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    adam = how | {"betas": (0.9, recipe.beta2), "fused": True}  # one kernel for all parameters
     if recipe.optimizer == "sgd":
-        sgd = torch.optim.SGD(parameters, recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, fused=True)
-        return [sgd]
-    linear = {id(m.weight) for m in method.modules() if isinstance(m, nn.Linear) and recipe.optimizer == "muon"}
+        return [torch.optim.SGD(parameters, momentum=0.9, fused=True, **how)]
+    if recipe.optimizer == "adam":
+        return [torch.optim.Adam(parameters, **adam)]
+    if recipe.optimizer == "adamw":
+        return [torch.optim.AdamW(parameters, **adam)]
+    linear = {id(m.weight) for m in method.modules() if isinstance(m, nn.Linear)}
     matrices = [p for p in parameters if id(p) in linear]
-    rest = [p for p in parameters if id(p) not in linear]
-    if recipe.optimizer == "muon" and not matrices:
+    if not matrices:
         raise UserError("optimizer=muon is for linear layers, and this method has none to train: use adamw.")
-    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    how = {"betas": (0.9, recipe.beta2), "weight_decay": recipe.weight_decay, "fused": True}  # one kernel for all
-    muon = [Muon(matrices, recipe.lr, recipe.weight_decay)] if matrices else []
-    return muon + [kind(rest, recipe.lr, **how)]
+    return [Muon(matrices, **how), torch.optim.AdamW([p for p in parameters if id(p) not in linear], **adam)]
 
 
 def lr_factor(schedule, progress):
@@ -285,7 +283,7 @@ def fit(
             last = run.step == run.total
             if run.step % 20 == 0 or last:  # reading the loss waits for a GPU: not at every step
                 if not math.isfinite(loss.item()):
-                    raise UserError(f"The loss became {loss.item()} at step {run.step} of {stage}: lower lr={recipe.lr}.")
+                    raise UserError(f"The loss is {loss.item()} at step {run.step} of {stage}: lower lr={recipe.lr}.")
                 progress.update(run.step, f"  loss {loss.item():.4f}")
             if observe and eval_every and (last or (number * run.total + run.step) % eval_every == 0):
                 fit_statistics()
@@ -345,20 +343,23 @@ class Stage:
         return self.mean
 
     def state_dict(self):
-        cuda = [torch.cuda.get_rng_state(self.machine.device)] if self.machine.device.type == "cuda" else []
-        return {"step": self.step, "loss": self.mean.item(), "random": [torch.get_rng_state(), *cuda],
-                "state": trained_state(self.method), "optimizers": [o.state_dict() for o in self.optimizers]}  # fmt: skip
+        optimizers, random = [optimizer.state_dict() for optimizer in self.optimizers], [torch.get_rng_state()]
+        if self.machine.device.type == "cuda":
+            random.append(torch.cuda.get_rng_state(self.machine.device))
+        return {"step": self.step, "loss": self.mean.item(), "random": random, "optimizers": optimizers,
+                "state": trained_state(self.method)}  # fmt: skip
 
     def load_state_dict(self, state):
         restore(self.method, state["state"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
         self.step, self.mean = state["step"], torch.tensor(state["loss"], device=self.machine.device)
-        torch.set_rng_state(state["random"][0])
+        cpu, *cuda = state["random"]  # none of a GPU where the run began on a CPU
+        torch.set_rng_state(cpu)
+        if cuda and self.machine.device.type == "cuda":
+            torch.cuda.set_rng_state(cuda[0], self.machine.device)
         if RANK:
             torch.manual_seed(self.seeds[0] + RANK + self.step)
-        if self.machine.device.type == "cuda" and len(state["random"]) > 1:  # the run may have begun on a CPU
-            torch.cuda.set_rng_state(state["random"][1], self.machine.device)
 
 
 class LossModule(nn.Module):

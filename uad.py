@@ -208,9 +208,9 @@ def run(args, plan, loaded):
     if args.resume:
         found = resume_from(unfinished, content)
         content["models"], current = found["models"], found["current"]
-    rows, ratios, phases = {}, [], {"fit": 0.0, "test": 0.0}
+    rows, ratios, tested = {}, [], 0.0
     for label, group in {c.name: [c] for c in categories}.items() if args.separate else [("all", categories)]:
-        begun, method = time.perf_counter(), plan.build(args.seed).to(device)
+        method = plan.build(args.seed).to(device)
         plan.options |= method.settled
         entry = next((e for e in content["models"] if e["name"] == label), None)
         if entry:
@@ -223,11 +223,10 @@ def run(args, plan, loaded):
             current = None
             content["models"].append(entry)
             save(None)  # a test image that cannot be read must not cost the training
-        fitted = time.perf_counter()
+        begun = time.perf_counter()
         found, scores = evaluate(method, group, plan.how())
         rows |= found
-        phases["fit"] += fitted - begun
-        phases["test"] += time.perf_counter() - fitted
+        tested += time.perf_counter() - begun
         ratios.append(copy_ratio(method, group, plan.how()))
         if not args.no_panels:
             panels(method, group, scores, entry, plan, out)
@@ -235,8 +234,8 @@ def run(args, plan, loaded):
     results = {
         "method": plan.name, "data": str(root), "unified": not args.separate, "seed": args.seed,
         "config": plan.options | content["recipe"] | plan.settings | about, "categories": rows, "mean": mean_row(rows),
-        "copy_ratio": ratios, "curve": {e["name"]: e["curve"] for e in content["models"]}, "phases": phases,
-        "test_images_per_s": sum(len(c.test) for c in categories) / phases["test"],
+        "copy_ratio": ratios, "curve": {e["name"]: e["curve"] for e in content["models"]},
+        "test_images_per_s": sum(len(c.test) for c in categories) / tested,
         "seconds": time.perf_counter() - start, "device": machine(device)}  # fmt: skip
     results = json.loads(json.dumps(results), parse_constant=lambda nan: None)  # JSON has no NaN
     if RANK == 0:
@@ -270,9 +269,8 @@ def fit_one(method, group, args, plan, label, save, current):
     """Trains a method on the normal images of a group of categories. -> entry of the checkpoint, with thresholds"""
     items = [item for category in group for item in category.train]
     order = np.random.default_rng(args.seed).permutation(len(items)).tolist()
-    held = set(order[: min(round(args.holdout * len(items)), len(items) - 1)])
-    normal = [items[i] for i in sorted(held or order[:256])]
-    images = data.Images([item for i, item in enumerate(items) if i not in held], method.size)
+    held = order[: min(round(args.holdout * len(items)), len(items) - 1)]
+    images = data.Images([items[i] for i in sorted(set(order) - set(held))], method.size)
     curve = current["curve"] if current else []
 
     def observe(step, stage, loss):
@@ -280,13 +278,13 @@ def fit_one(method, group, args, plan, label, save, current):
         rows, _ = evaluate(method, group, plan.how())
         record = {"step": step, "stage": stage, "loss": loss, "copy_ratio": copy_ratio(method, group, plan.how())}
         record |= {name: mean_row(rows)[name] for name in ("image_auroc", "pixel_auroc")}
-        say("  " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in record.items()))
+        say(f"  {record}")
         curve.append(record)
 
-    keep = lambda state: save(state | {"curve": curve})
-    train.fit(method, images, device=args.device, seed=args.seed, label=label, eval_every=args.eval_every,
-              observe=observe, save_every=plan.settings["save_every"], save=keep, resume=current,
-              **dataclasses.asdict(plan.recipe), **plan.how())  # fmt: skip
+    how = dataclasses.asdict(plan.recipe) | plan.how() | {"save_every": plan.settings["save_every"], "resume": current}
+    how |= {"device": args.device, "seed": args.seed, "label": label, "eval_every": args.eval_every}
+    train.fit(method, images, observe=observe, save=lambda state: save(state | {"curve": curve}), **how)
+    normal = [items[i] for i in sorted(held or order[:256])]
     entry = {"name": label, "state": train.trained_state(method), "backbone": train.checksum(method), "curve": curve}
     return entry | {"held_out": bool(held)} | normal_range(method, normal, args.quantile, plan.how())
 
@@ -297,15 +295,15 @@ def normal_range(method, items, quantile, how):
     One model may score one part ten times as high as another: under "of", each category has its own.
     """
     maps, scores = train.predict(method, data.Images(items, method.size), **how)
-    maps = maps.reshape(len(maps), -1)[:, ::7]  # every seventh pixel tells the distribution as well
     names = np.array([item.category for item in items])
 
     def limits(chosen):
-        low, top = float(np.quantile(maps[chosen], 0.99)), float(maps[chosen].max())
+        pixels = maps[chosen, ::3, ::3]  # every ninth pixel tells the distribution as well
+        low, top = float(np.quantile(pixels, 0.99)), float(pixels.max())
         threshold = float(np.quantile(scores[chosen], quantile, method="higher"))
         return {"threshold": threshold, "low": low, "high": max(2 * top - low, low + 1e-6)}
 
-    return limits(slice(None)) | {"of": {name: limits(names == name) for name in np.unique(names).tolist()}}
+    return limits(names == names) | {"of": {name: limits(names == name) for name in np.unique(names).tolist()}}
 
 
 def evaluate(method, categories, how):
@@ -333,18 +331,15 @@ def gather(indices, values):
 
 def category_row(category, scores, maps):
     """The seven metrics of a category, and the two AUROCs of each kind of defect against all normal images."""
-    labels = np.array([item.label for item in category.test])
-    defects = np.array([item.defect for item in category.test])
+    items = category.test
+    labels, defects = np.array([item.label for item in items]), np.array([item.defect for item in items])
     # An image whose ground truth is missing would count as normal pixel by pixel: leave it out of the pixel metrics.
-    masked = np.array([category.has_masks and bool(item.masks or not item.label) for item in category.test])
-    masks = np.zeros(maps.shape, bool)
-    for i in np.flatnonzero(masked):
-        masks[i] = data.read_mask(category.test[i], maps.shape[-1])
+    masked = np.array([bool(item.masks or not item.label) for item in items])
+    masks = np.stack([data.read_mask(item, maps.shape[-1]) for item in items])
 
     def measure(chosen):
         pixels = chosen & masked
-        pair = (maps[pixels], masks[pixels]) if pixels.any() else (None, None)
-        return metrics.evaluate(scores[chosen], labels[chosen], *pair)
+        return metrics.evaluate(scores[chosen], labels[chosen], maps[pixels], masks[pixels])
 
     row = measure(labels >= 0)
     row["defects"] = {}
@@ -357,13 +352,12 @@ def category_row(category, scores, maps):
 @torch.no_grad()
 def copy_ratio(method, categories, how):
     """Over all defective test images that have a clean twin, mean of a method's levels; None where there are none."""
-    items = [item for c in categories for item in c.test if item.twin and item.masks]
-    machine, sums, waiting = train.Machine(device_of(method), **how), [], iter(items)
-    sides = [data.Images([getattr(item, side) for item in items], method.size) for side in ("twin", "path")]
-    for clean, defective in zip(*(machine.prepare(method, images) for images in sides)):
-        masks = [data.read_mask(item, method.size) for item in itertools.islice(waiting, len(clean[0]))]
-        masks = torch.from_numpy(np.stack(masks)).to(machine.device)
-        sums.append(models.copy_ratio(method.reconstruction(clean), method.reconstruction(defective), masks))
+    machine, sums = train.Machine(device_of(method), **how), []
+    for item in itertools.chain(*(category.test for category in categories)):
+        if item.twin and item.masks:
+            (pair,) = machine.prepare(method, data.Images([item.twin, item.path], method.size))
+            mask = torch.from_numpy(data.read_mask(item, method.size)).to(machine.device)
+            sums.append(models.copy_ratio(method.reconstruction(pair), mask))
     if not sums or not sums[0]:
         return None
     copied, changed = np.array(sums).sum(0).T  # one of each a level
@@ -452,22 +446,19 @@ def report(results, out):
     train.write(out / "results.json", json.dumps(results, indent=1))
     for label, curve in results["curve"].items():
         if curve:
-            draw_curve(curve, f"{results['method']}, {label}", out / f"curve{'' if label == 'all' else '-' + label}.png")
-    phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["phases"].items())
-    say(f"{results['seconds']:.0f} s in all ({phases}, {results['test_images_per_s']:.0f} test images/s) on "
-        f"{results['device']}; wrote {out}/")  # fmt: skip
+            name = "curve.png" if label == "all" else f"curve-{label}.png"
+            draw_curve(curve, f"{results['method']}, {label}", out / name)
+    say(f"{results['seconds']:.0f} s in all, {results['test_images_per_s']:.0f} test images/s, {results['device']}; "
+        f"wrote {out}/")  # fmt: skip
 
 
 def draw_curve(curve, title, path):
-    """curve.png, and the drop from the peak in words."""
-    steps, series = [record["step"] for record in curve], []
-    for key in ("loss", "image_auroc", "pixel_auroc", "copy_ratio"):
-        y = [math.nan if record[key] is None else record[key] for record in curve]
-        axis = "left" if key == "loss" else "right"
-        series.append({"name": key, "x": steps, "y": y, "axis": axis, "log": key == "loss", "label_ends": key != "loss"})
-        if ends := figures.peak_and_final(steps, y):
-            (at, peak), (_, final) = ends
-            say(f"{key}: peak {peak:.4f} at step {at:.0f}, final {final:.4f}")
+    """Loss, AUROCs and copy ratio over the steps; None, where there is no copy ratio, becomes a gap."""
+    columns = {key: np.array([record[key] for record in curve], float) for key in curve[0] if key != "stage"}
+    steps, series = columns.pop("step"), []
+    for key, y in columns.items():
+        how = {"axis": "left", "log": True} if key == "loss" else {"axis": "right", "label_ends": True}
+        series.append({"name": key.replace("_", " "), "x": steps, "y": y} | how)
     figures.curve(series, path, title)
 
 
@@ -479,39 +470,31 @@ def machine(device):
 # Pictures
 
 
-def fit_decoder(method, group, plan):
-    """decode=True: pictures of a method's features; None where it reconstructs none, or images."""
-    images = data.Images([item for category in group for item in category.train], method.size)
-    few = next(train.Machine(device_of(method)).read(images, range(2), method.size))
-    pairs = method.reconstruction(method.prepare(few))
-    if not plan.settings["decode"] or not pairs or pairs[0][0].shape[1] == 3:
-        return None
-    return train.fit(models.Decoder(method, few), images, device=str(few.device), label="decoder", **plan.how())
-
-
 def panels(method, group, scores, entry, plan, out):
     """panels/CATEGORY.png: the worst false alarms, the worst misses and the clearest find of each kind of defect."""
-    decoder = fit_decoder(method, group, plan)
+    decoder = None
+    if plan.settings["decode"]:  # in every process, since they share the work
+        images = data.Images([item for category in group for item in category.train], method.size)
+        decoder = train.fit(models.Decoder(method), images, device=str(device_of(method)), **plan.how())
     for category in group if RANK == 0 else []:
-        ranges, order = entry | entry["of"].get(category.name, {}), np.argsort(scores[category.name]).tolist()
-        good = [i for i in order if not category.test[i].label]
-        bad = [i for i in order if category.test[i].label]
-        clearest = {category.test[i].defect: i for i in bad}  # the last of a kind has its highest score
+        ranges, items = entry | entry["of"].get(category.name, {}), category.test
+        order = np.argsort(scores[category.name]).tolist()
+        good, bad = ([i for i in order if items[i].label == label] for label in (0, 1))
+        clearest = {items[i].defect: i for i in bad}  # the last of a kind has its highest score
         chosen = list(dict.fromkeys([*good[-2:][::-1], *bad[:2], *clearest.values()]))[:8]
-        images, rows = data.Images([category.test[i] for i in chosen], method.size), []
+        images, rows = data.Images([items[i] for i in chosen], method.size), []
         (batch,) = train.Machine(device_of(method)).prepare(method, images)  # eight images: one batch
         maps = method.score(batch)[0].float().cpu().numpy()
         restored = restored_tiles(method.reconstruction(batch), decoder)
         for row, item in enumerate(images.items):
             tiles = {"input": images[row]} | {name: stack[row] for name, stack in restored.items()}
-            known = item.masks or not item.label
-            tiles["ground truth"] = data.read_mask(item, method.size) if known else None
+            tiles["ground truth"] = data.read_mask(item, method.size) if item.masks or not item.label else None
             tiles["anomaly map"] = figures.overlay(images[row], maps[row], ranges["low"], ranges["high"])
             score = float(scores[category.name][chosen[row]])
             wrong = (score > ranges["threshold"]) != item.label
-            rows.append({"name": f"{item.defect}/{item.path.stem}", "score": score, "images": tiles,
-                         "verdict": ("miss" if item.label else "false alarm") if wrong else ""})  # fmt: skip
-        note = (f"Scores above {ranges['threshold']:.3g} count as defective. First the highest-scoring normal images and "
+            name, verdict = f"{item.defect}/{item.path.stem}", ["false alarm", "miss"][item.label] if wrong else ""
+            rows.append({"name": name, "score": score, "images": tiles, "verdict": verdict})
+        note = (f"Scores above {ranges['threshold']:.3g} count as defective. First the highest-scoring normal images, "
                 f"the lowest-scoring defective ones, then the clearest of each kind.")  # fmt: skip
         picture = figures.panel(rows, ranges["low"], ranges["high"], f"{plan.name}: {category.name}", note)
         figures.save(picture, out / f"panels/{category.name}.png")
@@ -519,16 +502,12 @@ def panels(method, group, scores, entry, plan, out):
 
 @torch.no_grad()
 def restored_tiles(pairs, decoder):
-    """-> {name: (B,...)}: the reconstruction as a picture where it is one or can be decoded, else its distance."""
+    """-> {name: (B,S,S,3)}: the reconstruction as a picture, where it is one or can be decoded."""
     picture = lambda x: (x.movedim(1, -1).clamp(0, 1) * 255).byte().cpu().numpy()
-    if not pairs:
-        return {}
-    targets, restored = zip(*pairs)
-    if targets[0].shape[1] == 3:
-        return {"reconstruction": picture(restored[0])}
     if decoder:
+        targets, restored = zip(*pairs)
         return {"features decoded": picture(decoder(targets)), "restored, decoded": picture(decoder(restored))}
-    return {"feature distance": (restored[0] - targets[0]).norm(dim=1).cpu().numpy()}
+    return {"restored": picture(restored) for _, restored in pairs if restored.shape[1] == 3}
 
 
 def device_of(method):
@@ -581,7 +560,7 @@ def predict(args, plan, loaded):
             (anomaly,), (score,) = train.predict(method, [image], **plan.how())
             verdict = "defective" if score > entry["threshold"] else "normal"
             relative = path.relative_to(source) if source.is_dir() else Path(path.name)
-            overlay = out / relative.with_name(f"{relative.name}.overlay.png")
+            overlay = out / f"{relative}.overlay.png"
             figures.save(Image.fromarray(figures.overlay(image, anomaly, entry["low"], entry["high"])), overlay)
             lines.writerow([path, f"{score:.6g}", f"{entry['threshold']:.6g}", verdict, overlay])
             file.flush()
@@ -632,23 +611,22 @@ def compare(folders):
     for folder in map(Path, folders):
         try:
             found = json.loads((folder / "results.json").read_text())
-            key = json.dumps({k: v for k, v in found["config"].items() if k != "seed"}, sort_keys=True)
-            groups.setdefault((found["method"], key), []).append((folder.name, found))
+            key = json.dumps([found["method"], found["config"] | {"seed": None}])
+            groups.setdefault(key, []).append(found | {"run": folder.name})
         except (OSError, ValueError, KeyError, TypeError):
             say(f"note: {folder} holds no results.json of this program and is left out")
     if not groups:
         raise UserError("--compare: none of these folders holds a results.json: name folders that a run has written.")
-    names = sorted({name for group in groups.values() for _, found in group for name in found["categories"]})
-    rows = []
+    names, rows = sorted({name for group in groups.values() for found in group for name in found["categories"]}), []
     for group in groups.values():
-        runs = [found for _, found in group]
-        cells = [cell([r["categories"].get(name) for r in runs]) for name in names] + [cell([r["mean"] for r in runs])]
-        seconds = np.mean([r["seconds"] for r in runs])
-        rows.append([" ".join(label for label, _ in group), *cells, f"{seconds:.0f}"])
+        cells = [cell([found["categories"].get(name) for found in group]) for name in names]
+        seconds = np.mean([found["seconds"] for found in group])
+        label = " ".join(found["run"] for found in group)
+        rows.append([label, *cells, cell([found["mean"] for found in group]), f"{seconds:.0f}"])
     words = PUBLISHED.split()
     paper = dict(zip(words[::2], words[1::2]))
-    if set(names) & set(paper):
-        rows.append(["UniAD's paper, one model for 15", *(paper.get(name) for name in names), None, None])
+    if len(set(names) & set(paper)) > 1:
+        rows.append(["UniAD's paper, one model for 15", *map(paper.get, names), "96.5/96.8", None])
     table(["image/pixel AUROC", *names, "mean", "seconds"], rows)
     return 0
 
