@@ -130,14 +130,13 @@ class PaDiM(Method):
         super().__init__(size)
         at_least(0, dims=dims)
         self.grid = size // 4
-        self.backbone = Backbone(backbone, weights)
-        self.backbone.levels = self.backbone.levels[-3:]  # strides 4, 8, 16 whatever the backbone
-        total = sum(self.backbone.channels[-3:])
+        self.backbone = Backbone(backbone, weights, levels=3)  # strides 4, 8, 16 whatever the backbone
+        total = sum(self.backbone.channels)
         if dims == 0:
             dims = total if total <= 256 else 100 if total <= 1000 else 550
         dims = min(dims, total)
         shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-        self.standardize = Standardize(dims) if standardize else nn.Identity()
+        self.standardize = Standardize(dims, standardize)
         self.register_buffer("chosen", shuffled[:dims].sort().values)
         self.register_buffer("mean", torch.zeros(self.grid**2, dims))
         self.register_buffer("whiten", torch.zeros(0))
@@ -155,10 +154,9 @@ class PaDiM(Method):
         return self.standardize(self.features(levels)).flatten(2).transpose(1, 2)
 
     def calibrate(self, batches):
-        if isinstance(self.standardize, Standardize):
-            features = (self.features(self.prepare(images)).flatten(2) for images in batches)
-            # Every 7th position says enough; a copy, so that the others can be freed.
-            self.standardize.fit(torch.cat([x[:, :, ::7, None].clone() for x in features]))
+        features = (self.features(self.prepare(images)).flatten(2) for images in batches)
+        # Every 7th position says enough; a copy, so that the others can be freed.
+        self.standardize.fit(torch.cat([x[:, :, ::7, None].clone() for x in features]))
 
     def stages(self):
         return []
@@ -223,9 +221,7 @@ class UninformedStudents(Method):
         self.teachers = nn.ModuleList(self.patch_net(field, width) for field in fields)
         self.decoders = nn.ModuleList(nn.Conv2d(128, channels, 1) for _ in fields)
         self.norms = nn.ModuleList(nn.BatchNorm2d(128, affine=False, momentum=None) for _ in fields)  # mu, sigma
-        self.students = nn.ModuleList(
-            nn.ModuleList(self.patch_net(field, width) for _ in range(3)) for field in fields
-        )
+        self.students = nn.ModuleList(nn.ModuleList(self.patch_net(field, width) for _ in range(3)) for field in fields)
         self.standardize = Standardize(channels)
         self.register_buffer("spread", torch.ones(len(fields), 2))  # std of e and of v on normal images
         self.to(memory_format=torch.channels_last)  # by a third faster on a CPU
@@ -297,9 +293,8 @@ class UninformedStudents(Method):
         self.spread = torch.stack([torch.cat(one, 1).std(1) for one in zip(*found)]) + 1e-12
 
     def score(self, batch):
-        maps = 0.0
-        for (e, v), (std_e, std_v) in zip(self.errors(batch[0]), self.spread):
-            maps = maps + upsample(e / std_e + v / std_v, self.size)
+        fields = zip(self.errors(batch[0]), self.spread)
+        maps = sum(upsample(e / std_e + v / std_v, self.size) for (e, v), (std_e, std_v) in fields)
         maps = maps / len(self.fields)
         return maps, maps.amax((1, 2))
 
@@ -338,7 +333,7 @@ class MKD(Method):
         self.backbone = Backbone(backbone, weights)
         self.clone = nn.ModuleList()
         inp, side = 3, 64
-        for level in self.backbone(torch.zeros(1, 3, side, side)):
+        for level in self.backbone(torch.zeros(1, inp, side, side)):
             layers = [nn.ReLU() if self.clone else nn.Identity()]
             for out in (width, width, level.shape[1]):
                 layers += [nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
@@ -350,7 +345,7 @@ class MKD(Method):
 
     def forward_through(self, stages, images):
         """-> what each of the stages puts out; unlike the backbone's own forward it lets gradients through."""
-        x, levels = (images - self.backbone.mean) / self.backbone.std, []
+        x, levels = self.backbone.normalize(images), []
         for stage in stages:
             x = stage(x)
             levels.append(x)
@@ -476,12 +471,11 @@ class PatchSVDD(Method):
         which = torch.arange(len(images), device=images.device).repeat_interleave(self.pairs)
         label = torch.randint_like(which, 8)
         cell = label + (label > 3)  # of 3x3 without the one in the middle
-        direction = torch.stack([cell // 3 - 1, cell % 3 - 1], 1)
-        step = direction * side * uniform(which, 0.75, 1, 2).flatten(1)
-        step = step.round().long()
+        direction = torch.stack([cell // 3, cell % 3], 1) - 1
+        distance = side * uniform(which, 0.75, 1, 2).flatten(1)
+        step = (direction * distance).round().long()
         low, high = (-step).clamp_min(0), room - step.clamp_min(0)  # where both fit
-        share = uniform(which, 0, 1, 2).flatten(1)
-        anchor = low + (share * (high - low + 1)).long()  # a sum in float may round up
+        anchor = low + (uniform(which, 0, 1, 2).flatten(1) * (high - low + 1)).long()  # a sum in float may round up
         shift = torch.randint_like(step, -(side // 32), side // 32 + 1)
         near = (anchor + shift).clamp(0, room)
         rows, columns = torch.cat([anchor, near, anchor + step]).T
@@ -571,9 +565,7 @@ class CutPaste(Method):
         super().__init__(size)
         net = Backbone(backbone, weights)
         channels = net.channels[-1]
-        normalize = Standardize(3)
-        normalize.mean, normalize.std = net.mean, net.std
-        self.encoder = nn.Sequential(normalize, *net.stages).requires_grad_(True)  # (B,3,S,S) -> (B,C,h,w)
+        self.encoder = nn.Sequential(net.normalize, *net.stages).requires_grad_(True)  # (B,3,S,S) -> (B,C,h,w)
         self.head = nn.Sequential(nn.Linear(channels, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 3))
         self.register_buffer("mean", torch.zeros(1, channels))
         self.register_buffer("whiten", torch.eye(channels)[None])
@@ -591,8 +583,8 @@ class CutPaste(Method):
         inside = (grid.abs() < sides / 2).all(1, keepdim=True)
         source = (grid + origin).permute(0, 2, 3, 1) / size * 2 - 1
         piece = F.grid_sample(images, source, mode="nearest", padding_mode="border", align_corners=False)
-        gain = uniform(images, 0.9, 1.1, 3)
-        contrast = uniform(images, 0.9, 1.1)
+        gain = 1 + uniform(images, -0.1, 0.1, 3)
+        contrast = 1 + uniform(images, -0.1, 0.1)
         grey = images.mean((1, 2, 3), keepdim=True)
         piece = (piece * gain - grey) * contrast + grey
         return torch.where(inside, piece.clamp(0, 1), images)
@@ -600,9 +592,7 @@ class CutPaste(Method):
     @staticmethod
     def patch_sides(images):
         """(B,2,1,1): area U(0.02, 0.15) of the image, aspect from (0.3, 1) or (1, 3.3)."""
-        wide = half_of(images)
-        wide_aspect = uniform(images, 1, 3.3)
-        aspect = torch.where(wide, wide_aspect, uniform(images, 0.3, 1))
+        aspect = torch.where(half_of(images), uniform(images, 1, 3.3), uniform(images, 0.3, 1))
         area = uniform(images, 0.02, 0.15) * images.shape[-1] ** 2
         return torch.cat([area * aspect, area / aspect], 1).sqrt()
 
@@ -610,7 +600,7 @@ class CutPaste(Method):
     def scar_sides(images):
         """(B,2,1,1): 2 to 16 pixels wide, 10 to 25 long, in an image of 256."""
         sides = torch.cat([uniform(images, 2, 16), uniform(images, 10, 25)], 1)
-        return sides * (images.shape[-1] / 256)
+        return sides * images.shape[-1] / 256
 
     def loss(self, batch, stage):
         (images,) = batch
@@ -738,10 +728,9 @@ class FCDD(Method):
 
     def __init__(self, *, backbone="efficientnet_lite2", weights="default", size=224):
         super().__init__(size)
-        self.backbone = Backbone(backbone, weights)
+        self.backbone = Backbone(backbone, weights, levels=1)
         *frozen, last = self.backbone.stages
         self.backbone.stages = nn.ModuleList(frozen)
-        self.backbone.levels = (len(frozen) - 1,)
         kept = [layer for layer in last if not isinstance(layer, nn.MaxPool2d)]  # VGG's stage ends in its pooling
         self.tail = nn.Sequential(*kept, nn.Conv2d(self.backbone.channels[-1], 1, 1)).requires_grad_(True)
 

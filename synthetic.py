@@ -1,6 +1,6 @@
 """Draw a small data set like visual inspection: the same part photographed again and again, and six kinds of defect.
 
-A category is one instance: one weave, one floor, one gear, one circuit board, on every photo the same. What varies is
+A category is one instance: one weave, one gear, one circuit board, on every photo the same. What varies is
 what varies below a camera: the part lies up to 1.5 % of the image and 1.4 degrees off, the lamp is brighter, dimmer or
 tilted, the sensor has noise. Defects are faint, `contrast` = 0.4 of their full strength: a vivid one has features far
 from all training features, no reconstructor can copy it, and a set of such defects could not tell what copying costs.
@@ -28,6 +28,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
 DEFECTS = ("hole", "misplaced_part", "missing_part", "scratch", "stain", "wrong_colour")
 PHOTO = 0.88  # side of the photo on the canvas
+CIRCLE = np.exp(1j * np.linspace(0, tau, 48, endpoint=False))
 
 
 class SyntheticError(Exception):
@@ -37,7 +38,7 @@ class SyntheticError(Exception):
 def draw(category, seed, defect=None, size=256, contrast=0.4):
     """Draw one image: (image, twin, mask) as (size, size, 3) uint8, the same without the defect, and (size, size) bool.
 
-    The mask is True exactly where image and twin differ. `seed` is a list of integers; equal arguments, equal pixels.
+    The mask is True exactly where image and twin differ visibly. `seed`: a list of integers; equal arguments, equal pixels.
     contrast: strength of the defect, above 0 to 1; of a misplaced part how far it is off, of all others their colour.
     """
     part = _part(category, size)
@@ -67,8 +68,9 @@ def _part(category, size):
 
 def _photograph(canvas, seed, size):
     rng = np.random.default_rng([*seed, 0])  # whatever the defect draws: pose, light and noise stay those of the twin
-    turn = PHOTO * np.exp(1j * rng.uniform(-0.025, 0.025))
-    corner = _point(rng, 0.485, 0.515) - turn * (0.5 + 0.5j)
+    angle = rng.uniform(-0.025, 0.025)
+    turn = PHOTO * np.exp(1j * angle)
+    corner = complex(*rng.uniform(0.485, 0.515, 2)) - turn * (0.5 + 0.5j)
     affine = (turn.real, -turn.imag, 2 * size * corner.real, turn.imag, turn.real, 2 * size * corner.imag)
     picture = Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
     picture = picture.transform(picture.size, Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC).reduce(2)
@@ -76,7 +78,8 @@ def _photograph(canvas, seed, size):
     slope = (x - 0.5 + 1j * (y - 0.5)) * np.exp(1j * rng.uniform(0, tau))
     light = rng.uniform(0.92, 1.08) * (1 + rng.uniform(0, 0.15) * slope.real)
     noise = 2 * rng.standard_normal((size, size, 3), np.float32)
-    return np.clip(np.rint(np.asarray(picture) * light[..., None] + noise), 0, 255).astype(np.uint8)
+    photo = np.rint(picture * light[..., None] + noise)
+    return np.clip(photo, 0, 255).astype(np.uint8)
 
 
 def _spoil(whole, bare, surface, pieces, rng, defect, contrast):
@@ -87,23 +90,25 @@ def _spoil(whole, bare, surface, pieces, rng, defect, contrast):
     centre = x + 1j * y
     here = whole[surface].mean()
     if defect == "misplaced_part":
-        return _push(whole, piece.mean(), contrast * rng.uniform(0.035, 0.05) * np.exp(1j * rng.uniform(0, tau)))
+        way = rng.uniform(0.035, 0.05) * np.exp(1j * rng.uniform(0, tau))
+        return _push(whole, piece.mean(), contrast * way)
     if defect == "missing_part":
         return _blend(whole, contrast * _stencil(size, piece), bare)
     if defect == "scratch":
         t = np.linspace(-0.5, 0.5, 12)
-        line = t * rng.uniform(0.2, 0.5) + 1j * rng.uniform(-0.12, 0.12) * (4 * t**2 - 0.5)
-        cover = _stencil(size, line * np.exp(1j * rng.uniform(0, tau)) + centre, width=rng.uniform(0.008, 0.014))
+        length, bend = rng.uniform([0.2, -0.5], 0.5)
+        line = t * length + 1j * bend * t**2
+        line = centre + line * np.exp(1j * rng.uniform(0, tau))
+        cover = _stencil(size, line, width=rng.uniform(0.008, 0.014))
         return _blend(whole, contrast * 0.85 * cover * surface, 245 if here < 150 else 60)
     if defect == "hole":
         outline = _blob(rng, centre, 0.032, 0.075, 0.2)
-        rim = _stencil(size, outline + 0.006 + 0.006j)
-        image = _blend(whole, contrast * rim, min(1.5 * here + 50, 250))  # the rim is lit
+        image = _blend(whole, contrast * _stencil(size, outline + 0.006 + 0.006j), 250)  # the rim is lit
         return _blend(image, contrast * _stencil(size, outline), 14)
     if defect == "stain":
-        cover = _stencil(size, _blob(rng, centre, 0.05, 0.11, 0.25), blur=0.008)
+        cover = rng.uniform(0.5, 0.75) * _stencil(size, _blob(rng, centre, 0.05, 0.1, 0.2), blur=0.008)
         colour = "#46301a" if here > 90 else "#aca48c"  # grease, or dust where it is dark
-        return _blend(whole, contrast * rng.uniform(0.5, 0.75) * cover, _rgb(colour))
+        return _blend(whole, contrast * cover, _rgb(colour))
     cover = _stencil(size, _blob(rng, centre, 0.06, 0.13, 0.15))
     dye = rng.choice([[1.2, 0.75, 0.65], [0.65, 0.85, 1.25], [1.15, 1.0, 0.5]])
     grey = whole.mean(axis=2, keepdims=True)
@@ -115,8 +120,9 @@ def _push(image, centre, way):
     size = len(image)
     y, x = _grid(size)
     weight = np.exp(-((x - centre.real) ** 2 + (y - centre.imag) ** 2) / 0.06**2)
-    source = [np.clip((c - w * weight) * size, 0, size - 1).astype(int) for c, w in ((y, way.imag), (x, way.real))]
-    return image[tuple(source)]
+    rows = np.clip((y - way.imag * weight) * size, 0, size - 1).astype(int)
+    columns = np.clip((x - way.real * weight) * size, 0, size - 1).astype(int)
+    return image[rows, columns]
 
 
 def _fabric(rng, size):
@@ -124,114 +130,65 @@ def _fabric(rng, size):
     y, x = _grid(size)
     u = 22 * x + _noise(rng, size, 4, 4) / 8
     v = 22 * y + _noise(rng, size, 4, 4) / 8
-    s, t = 2 * (u % 1) - 1, 2 * (v % 1) - 1  # -1..1 across a thread
-    uneven = 1 + 0.08 * _noise(rng, size, 22, 3)
-    down = _thread(0.72, t, s, 7 * s + 9 * t)[..., None] * _rgb("#607aa8") * 1.25
-    across = (uneven * _thread(0.86, s, t, 9 * s - 7 * t))[..., None] * _rgb("#e2d6be")
+    s = 2 * (u % 1) - 1  # -1..1 across a thread
+    t = 2 * (v % 1) - 1
+    down = _thread(0.9, t, s) * _rgb("#607aa8")
+    across = _thread(0.86, s, t) * _rgb("#e2d6be")
     on_top = (np.floor(u) + np.floor(v)) % 2 == 0
     whole = np.where(on_top[..., None], down, across)
     bare = np.where(on_top[..., None], down, 0.55 * down)  # a thread is gone: a deeper, darker one shows
-    rows = rng.integers(4, 18, 12)
-    pieces = [_box(complex(rng.uniform(0.3, 0.7), (row + 0.5) / 22), 0.3, 1 / 22) for row in rows]
+    pieces = [_box(rng.uniform(0.3, 0.7) + 1j * (row + 0.5) / 22, 0.3, 1 / 22) for row in range(4, 18)]
     return whole, bare, np.ones((size, size), bool), pieces
 
 
-def _thread(brightness, along, across, twist):
-    """Threads are round, bent and twisted."""
-    return brightness - 0.1 * along**2 - 0.5 * across**4 + 0.04 * np.sin(twist)
-
-
-def _wood(rng, size):
-    """Floor boards with grain along x; v counts the rows of boards, w the boards within a row."""
-    y, x = _grid(size)
-    v = 5 * y + 0 * x
-    row = v.astype(int)
-    w = 1.2 * x + 1 + rng.random(5)[row]
-    board = rng.uniform(-1, 1, (5, 4))[row, w.astype(int)]
-    rings = np.sin(tau * (2.2 * v + 1.1 * _noise(rng, size, 9, 2) + 3 * board))
-    tone = 1 + 0.07 * board + 0.09 * _noise(rng, size, 120, 6) + 0.05 * rings
-    to_seam = np.minimum(_to_whole(v), 4 * _to_whole(w))  # in widths of a board
-    tone *= 0.45 + 0.55 * np.clip(to_seam / 0.03, 0, 1)
-    pieces = [_blob(rng, complex(rng.uniform(0.2, 0.8), k / 5), 0.035, 0.06, 0.3) for k in (1, 2, 3, 4) * 3]
-    return np.float32(tone[..., None] * _rgb("#bc8c5c")), _rgb("#2e241e"), np.ones((size, size), bool), pieces
-
-
-def _to_whole(value):
-    """The distance to the nearest whole number."""
-    return 0.5 - np.abs(value % 1 - 0.5)
+def _thread(brightness, along, across):
+    """Threads are round and bent; -> (size, size, 1)."""
+    shade = brightness - 0.1 * along**2 - 0.5 * across**4
+    return shade[..., None]
 
 
 def _gear(rng, size):
     """A brushed steel gear on a dark mat."""
-    centre, light = 0.5 + 0.5j, 1.0
     tooth = np.array([0.31 - 0.062j, 0.40 - 0.034j, 0.40 + 0.034j, 0.31 + 0.062j])
-    teeth = [centre + tooth * np.exp(1j * tau * k / 13) for k in range(13)]
-    sheet = _Sheet(size)
-    sheet.circle(centre, 0.335, "white")
-    for outline in teeth:
-        sheet.polygon(outline, "white")
-    for k in range(5):
-        sheet.circle(centre + 0.205 * np.exp(1j * tau * k / 5), 0.05, "black")
-    sheet.circle(centre, 0.085, "black")
-    cover = sheet.pixels()
-    slope_y, slope_x = np.gradient(sheet.pixels(blur=0.008), 1 / size)
-    shine = slope_x * np.cos(light) + slope_y * np.sin(light)  # of the edges that face the light
+    teeth = [0.5 + 0.5j + tooth * np.exp(1j * tau * k / 13) for k in range(13)]
+    holes = [0.5 + 0.5j + 0.205 * np.exp(1j * tau * k / 5) + 0.05 * CIRCLE for k in range(5)]
+    cover = 0
+    for outline in [0.5 + 0.5j + 0.335 * CIRCLE, *teeth]:
+        cover = np.maximum(cover, _stencil(size, outline, blur=0.004))
+    for outline in [0.5 + 0.5j + 0.085 * CIRCLE, *holes]:
+        cover = np.minimum(cover, 1 - _stencil(size, outline, blur=0.004))
+    down, right = np.gradient(cover, 1 / size)
     y, x = (c - 0.5 for c in _grid(size))
     rings = rng.standard_normal(300)[(np.hypot(x, y) * 400).astype(int)]
-    steel = 168 + 26 * np.cos(2 * (np.arctan2(y, x) - light)) + 5 * rings - 1.6 * shine
-    shadow = np.roll(sheet.pixels(blur=0.02), (-size // 60, -size // 90), (0, 1))
-    ground = (52 + 5 * _noise(rng, size, 60, 60)) * (1 - 0.55 * shadow)
-    ground = ground[..., None] * np.float32([0.92, 1, 1.1])
-    return _blend(ground, cover, steel[..., None]), ground, cover > 0.9, teeth
+    steel = 168 + 26 * np.cos(2 * np.arctan2(y, x)) + 5 * rings - 0.5 * (down + right)  # an edge shines
+    mat = (52 + 5 * _noise(rng, size, 60, 60))[..., None] * np.float32([0.92, 1, 1.1])
+    return _blend(mat, cover, steel[..., None]), mat, cover > 0.9, teeth
 
 
 def _chip(rng, size):
     """A black chip with six legs a side, soldered to a green board."""
-    sheet = _Sheet(size, "RGB", "#246242")
-    legs = [(side, 0.5 + 0.5j + 0.245 * side + 0.1j * (k - 2.5)) for side in (-1, 1) for k in range(6)]
-    for side, leg in legs:  # the board: a track and a pad for each leg
-        sheet.polygon(_box(leg + 0.3 * side, 0.6, 0.02), "#307a52")
-        sheet.polygon(_box(leg + 0.015 * side, 0.115, 0.058), "#ba9a52")
-    sheet.polygon(_box(0.512 + 0.518j, 0.37, 0.63), "#123222")  # the chip's shadow
+    pieces = []
+    image = (1 + 0.04 * _noise(rng, size, 40, 40))[..., None] * _rgb("#246242")
+    for k in range(12):  # a track and a pad for each leg
+        side = 1 if k % 2 else -1
+        leg = 0.5 + 0.245 * side + 1j * (0.25 + 0.1 * (k // 2))
+        image = _paint(image, _box(leg + 0.3 * side, 0.6, 0.02), "#307a52")
+        image = _paint(image, _box(leg + 0.015 * side, 0.115, 0.058), "#ba9a52")
+        pieces.append(_box(leg, 0.12, 0.036))
+    image = _paint(image, _box(0.512 + 0.518j, 0.37, 0.63), "#123222")  # the chip's shadow
     body = _box(0.5 + 0.5j, 0.36, 0.62)
-    sheet.polygon(body, "#343439")
-    sheet.polygon(_box(0.5 + 0.5j, 0.33, 0.59), "#2b2b2f")
-    sheet.circle(0.38 + 0.25j, 0.018, "#161618")  # marks pin 1
-    mottle = 1 + 0.04 * _noise(rng, size, 40, 40)[..., None]
-    bare = 255 * sheet.pixels(blur=0.003) * mottle
-    pieces = [_box(leg, 0.12, 0.036) for _, leg in legs]
-    for outline, (side, leg) in zip(pieces, legs):
-        sheet.polygon(outline, "#ced0d4")
-        sheet.polygon(_box(leg + 0.02 * side, 0.06, 0.012), "#f4f5f8")
+    image = bare = _paint(image, body, "#2e2e32")
+    for leg in pieces:
+        image = _paint(image, leg, "#ced0d4")
+        image = _paint(image, _box(leg.mean(), 0.12, 0.012), "#f4f5f8")  # it shines
     for row, width in enumerate((0.2, 0.14, 0.17)):  # the print
-        pieces.append(_box(0.5 + 0.44j + 0.055j * row, width, 0.022))
-        sheet.polygon(pieces[-1], "#80807e")
-    return 255 * sheet.pixels(blur=0.003) * mottle, bare, _stencil(size, body) > 0.9, pieces
+        line = _box(0.5 + 0.44j + 0.055j * row, width, 0.022)
+        image = _paint(image, line, "#80807e")
+        pieces.append(line)
+    return image, bare, _stencil(size, body) > 0.9, pieces
 
 
-PARTS = {"chip": _chip, "fabric": _fabric, "gear": _gear, "wood": _wood}
-
-
-class _Sheet:
-    """A drawing in unit coordinates; the canvas is twice as fine as the photo, which smooths the edges."""
-
-    def __init__(self, size, mode="L", ground="black"):
-        self.size, self.image = size, Image.new(mode, (size, size), ground)
-        self.pen = ImageDraw.Draw(self.image)
-
-    def place(self, points):
-        """x, y, x, y ... in pixels."""
-        return (np.atleast_1d(points) * self.size).view(float).tolist()
-
-    def polygon(self, points, fill):
-        self.pen.polygon(self.place(points), fill)
-
-    def circle(self, centre, radius, fill):
-        self.pen.circle(self.place(centre), radius * self.size, fill)
-
-    def pixels(self, blur=0.0):
-        """(size, size) or (size, size, 3) float32, 0..1."""
-        return np.asarray(self.image.filter(ImageFilter.GaussianBlur(blur * self.size)), np.float32) / 255
+PARTS = {"chip": _chip, "fabric": _fabric, "gear": _gear}
 
 
 def _grid(size):
@@ -244,15 +201,10 @@ def _rgb(name):
     return np.float32(ImageColor.getrgb(name))
 
 
-def _point(rng, low, high):
-    return rng.uniform(low, high, 2) @ (1, 1j)
-
-
 def _noise(rng, size, rows, columns):
     """Smooth (size, size) noise, about -1..1, with so many bumps down and across."""
-    coarse = rng.uniform(-1, 1, (rows + 3, columns + 3)).astype(np.float32)
-    inner = (1, 1, columns + 1, rows + 1)
-    return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC, inner))
+    coarse = rng.uniform(-1, 1, (rows, columns)).astype(np.float32)
+    return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _box(centre, width, height):
@@ -263,19 +215,26 @@ def _box(centre, width, height):
 
 def _blob(rng, centre, smallest, largest, roughness):
     """A closed, irregular outline: (48,) points."""
-    theta = np.linspace(0, tau, 48, endpoint=False)
-    ripple = sum(rng.uniform(-1, 1) / k * np.cos(k * theta + rng.uniform(0, tau)) for k in (2, 3, 4, 5))
-    return centre + rng.uniform(smallest, largest) * (1 + roughness * ripple) * np.exp(1j * theta)
+    radius = rng.uniform(smallest, largest)
+    for k in (2, 3, 4, 5):
+        wave = CIRCLE**k * np.exp(1j * rng.uniform(0, tau))
+        radius = radius * (1 + roughness / k * rng.uniform(-1, 1) * wave.real)
+    return centre + radius * CIRCLE
 
 
 def _stencil(size, points, width=0.0, blur=0.0):
     """(size, size) cover 0..1 of a filled outline, or of an open line of this width."""
-    sheet = _Sheet(size)
+    sheet = Image.new("L", (size, size))
+    points = (points * size).view(float).tolist()  # x, y, x, y ...
     if width:
-        sheet.pen.line(sheet.place(points), "white", max(2, round(width * size)), joint="curve")
+        ImageDraw.Draw(sheet).line(points, 255, round(width * size), joint="curve")
     else:
-        sheet.polygon(points, "white")
-    return sheet.pixels(blur)
+        ImageDraw.Draw(sheet).polygon(points, 255)
+    return np.asarray(sheet.filter(ImageFilter.GaussianBlur(blur * size)), np.float32) / 255
+
+
+def _paint(image, outline, colour):
+    return _blend(image, _stencil(len(image), outline), _rgb(colour))
 
 
 def _blend(image, cover, colour):
@@ -283,8 +242,8 @@ def _blend(image, cover, colour):
     return image * (1 - cover) + colour * cover
 
 
-def write_synthetic(out="./synthetic", size=256, train=60, good=12, each=3, contrast=0.4, seed=0) -> Path:
-    """Write four categories of synthetic images in the MVTec AD layout and return the folder.
+def write_synthetic(out="./synthetic", size=256, train=60, good=20, each=4, contrast=0.4, seed=0) -> Path:
+    """Write three categories of synthetic images in the MVTec AD layout and return the folder.
 
     Per category `train` images for training, and for testing `good` normal ones and `each` of every defect kind, with
     exact masks in ground_truth and the same images without their defect in twin. An image depends only on the seed, its
@@ -293,7 +252,7 @@ def write_synthetic(out="./synthetic", size=256, train=60, good=12, each=3, cont
     range.
     """
     if size < 64 or min(train, good, each) < 1 or seed < 0 or not 0 < contrast <= 1:
-        raise SyntheticError("the synthetic set needs size >= 64, train, good, each >= 1, 0 < contrast <= 1, seed >= 0")
+        raise SyntheticError("the set needs size >= 64, train, good and each >= 1, 0 < contrast <= 1, seed >= 0")
     out = Path(out)
     wanted = {"size": size, "train": train, "good": good, "each": each, "contrast": contrast, "seed": seed}
     begun, complete = (json.dumps({**wanted, "complete": done}) for done in (False, True))
@@ -319,7 +278,8 @@ def _write(folder, split, defect, index, size, seed, contrast):
     """Draw and write one image of a category, if it is defective with its mask and its twin."""
     key = zlib.crc32(f"{folder.name}/{split}/{defect}/{index}".encode())  # own randomness for every image
     normal = defect == "good"
-    image, twin, mask = draw(folder.name, [seed, key], None if normal else defect, size, contrast)
+    kind = None if normal else defect
+    image, twin, mask = draw(folder.name, [seed, key], kind, size, contrast)
     files = {f"{split}/{defect}/{index:03}.png": image}
     if not normal:
         files[f"ground_truth/{defect}/{index:03}_mask.png"] = mask
@@ -331,11 +291,10 @@ def _write(folder, split, defect, index, size, seed, contrast):
 
 
 def main(argv=None):
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=inspect.getdoc(write_synthetic), formatter_class=raw)
+    parser = argparse.ArgumentParser(description="Write synthetic images of parts, good and defective.")
     for option in inspect.signature(write_synthetic).parameters.values():
-        kind, value = type(option.default), option.default
-        parser.add_argument(f"--{option.name}", type=kind, default=value, help=f"default: {value}")
+        value = option.default
+        parser.add_argument(f"--{option.name}", type=type(value), default=value, help=f"default: {value}")
     try:
         print(write_synthetic(**vars(parser.parse_args(argv))))
     except SyntheticError as error:

@@ -71,19 +71,22 @@ def pick_device(name):
 
 
 class Machine:
-    """Where and how to compute. device: torch.device. precision: bf16, fp32, or auto = bf16 where it is native.
+    """Where and how to compute. device: auto, cpu, cuda or cuda:N. precision: bf16, fp32, or auto = bf16 where native.
 
     workers: threads that decode images ahead; Pillow releases Python's lock while it decodes. Raises UserError.
     """
 
-    def __init__(self, device, precision="auto", workers=None):
-        if precision not in ("auto", "fp32", "bf16"):
-            raise UserError(f"precision={precision} is unknown: choose auto, fp32 or bf16.")
-        self.device, self.workers = device, max(1, workers or os.cpu_count() or 1)
-        able = torch.cpu.get_capabilities()
+    def __init__(self, device="auto", precision="auto", workers=os.cpu_count() or 1):
+        if precision not in ("auto", "fp32", "bf16") or workers < 1:
+            raise UserError(f"precision={precision} must be auto, fp32 or bf16, and workers={workers} at least 1.")
+        self.device, self.workers, able = pick_device(device), workers, torch.cpu.get_capabilities()
         on_cpu = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
-        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else on_cpu
+        native = torch.cuda.is_bf16_supported() if self.device.type == "cuda" else on_cpu
         self.bf16 = precision == "bf16" or precision == "auto" and native
+
+    def __str__(self):
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if on_gpu else f"{torch.get_num_threads()} CPU threads"
 
     def autocast(self):
         """Matrix products and convolutions in bfloat16, the rest in float32."""
@@ -141,7 +144,8 @@ class Prepared:
         device, count = self.source[0].device, len(self.indices)
         total = sum(part[0].numel() * 2 * count for part in parts)
         on_gpu = device.type == "cuda" and total < 0.5 * torch.cuda.mem_get_info(device)[0]
-        if not on_gpu and total > 0.8 * free_memory():
+        ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if not on_gpu and total > 0.5 * ram:
             say(f"note: {total / 2**30:.1f} GiB of prepared images do not fit: they are prepared anew in every epoch")
             return False
         where = device if on_gpu else "cpu"
@@ -155,15 +159,6 @@ class Prepared:
             return tuple(t[rows].to(machine.device, non_blocking=True).float() for t in self.tensors)
         chunks = machine.prepare(method, images, [self.indices[i] for i in rows.tolist()])
         return tuple(torch.cat(part) for part in zip(*chunks))
-
-
-def free_memory():
-    """Bytes of RAM that can be had; infinity where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -239,18 +234,18 @@ def lr_factor(schedule, progress):
 
 
 def fit(
-    method, images, *, device="auto", seed=0, precision="auto", workers=None, label="train",
+    method, images, *, machine=None, seed=0, label="train",
     eval_every=0, observe=None, save_every=60, save=None, resume=None, **changes,
 ):  # fmt: skip
     """Trains a method on images of good parts and returns it, in evaluation mode on its device.
 
-    images: see above. seed: of the order of images; for the weights and the noise call torch.manual_seed before the
-    constructor. changes: fields of the method's recipe, such as epochs=5.
+    images: see above. machine: Machine() if None. seed: of the order of images; for the weights and the noise call
+    torch.manual_seed before the constructor. changes: fields of the method's recipe, such as epochs=5.
     observe(step, stage, loss): called every eval_every steps and at the end of a stage, with statistics fitted.
     save(state): called every save_every seconds in the first process; resume: such a state, to go on to equal numbers.
     Under torchrun every process calls it with all images, and they share the work. Raises UserError.
     """
-    recipe, machine = replace(method.recipe, **changes), Machine(pick_device(device), precision, workers)
+    recipe, machine = replace(method.recipe, **changes), machine or Machine()
     if not len(images):
         raise UserError("There are no images to train on.")
     method.to(machine.device)
@@ -373,19 +368,18 @@ class LossModule(nn.Module):
         return self.method.loss(batch, stage)
 
 
-def predict(method, images, *, precision="auto", workers=None, indices=None):
+def predict(method, images, *, machine=None, indices=None):
     """-> anomaly maps (N,S,S) and image scores (N,), float32 arrays. images: see above; indices: of some of them.
 
     Raises UserError for images of another shape, models.MethodError for a method that was never fitted.
     """
-    device = next(itertools.chain(method.parameters(), method.buffers()), torch.zeros(0)).device
-    machine, maps, scores = Machine(device, precision, workers), [], []
+    machine, side = machine or Machine(), method.size
+    maps, scores = [np.zeros((0, side, side), np.float32)], [np.zeros(0, np.float32)]
+    method.to(machine.device)
     for batch in machine.prepare(method, images, indices):
-        batch_maps, batch_scores = method.score(batch)
-        maps.append(batch_maps.float().cpu().numpy())
-        scores.append(batch_scores.float().cpu().numpy())
-    empty = np.zeros((0, method.size, method.size), np.float32), np.zeros(0, np.float32)
-    return (np.concatenate(maps), np.concatenate(scores)) if maps else empty
+        for found, part in zip((maps, scores), method.score(batch)):
+            found.append(part.float().cpu().numpy())
+    return np.concatenate(maps), np.concatenate(scores)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

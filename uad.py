@@ -45,7 +45,8 @@ METHODS = models.METHODS | baselines.METHODS
 SETTINGS = {"precision": "auto", "workers": os.cpu_count() or 1, "save_every": 60.0, "decode": False}  # the program's
 SMALL = {"size": 128, "width": 16, "epochs": 15}
 DEMO = {  # what runs on the synthetic set change, to end in minutes on a CPU
-    "uniad": {"epochs": 20, "lr": 4e-3, "width": 128, "hidden": 256, "layers": 1},
+    "mlp": {"epochs": 90},
+    "uniad": {"epochs": 50, "lr": 4e-3, "width": 128, "hidden": 256, "layers": 1},
     "rlr": {"size": 128},
     **dict.fromkeys(("ae", "unet", "ear", "fader"), SMALL),
 }
@@ -132,9 +133,8 @@ class Plan:
         now = self.options | dataclasses.asdict(self.recipe) | self.settings
         return ", ".join(f"{k}={shown(v)}" for k, v in now.items() if v != defaults_of(METHODS[self.name])[k])
 
-    def how(self):
-        """The arguments that train.fit and train.predict share."""
-        return {name: self.settings[name] for name in ("precision", "workers")}
+    def machine(self, device):
+        return train.Machine(device, self.settings["precision"], self.settings["workers"])
 
 
 def defaults_of(cls):
@@ -194,13 +194,13 @@ def check(args, plan, loaded):
 
 def run(args, plan, loaded):
     """-> the content of results.json."""
-    start, device = time.perf_counter(), train.pick_device(args.device)
+    start, machine = time.perf_counter(), plan.machine(args.device)
     root, categories = find_data(args.data, args.categories)
     out = Path(args.out or (Path(args.load).parent / "evaluation" if loaded else default_out(args, plan.name)))
     writable(out)
     about = {name: getattr(args, name) for name in ("data", "categories", "separate", "seed", "holdout", "quantile")}
     say(f"{plan.name}: {'a model for each' if args.separate else 'one model for all'} of {len(categories)} categories, "
-        f"seed {args.seed}, {machine(device)}; changed from the defaults: {plan.changed() or 'nothing'}")  # fmt: skip
+        f"seed {args.seed}, {machine}; changed from the defaults: {plan.changed() or 'nothing'}")  # fmt: skip
 
     content = {"version": VERSION, "method": plan.name, "options": plan.options, "run": about,
                "recipe": dataclasses.asdict(plan.recipe), "models": loaded["models"] if loaded else []}  # fmt: skip
@@ -210,7 +210,7 @@ def run(args, plan, loaded):
         content["models"], current = found["models"], found["current"]
     rows, ratios, tested = {}, [], 0.0
     for label, group in {c.name: [c] for c in categories}.items() if args.separate else [("all", categories)]:
-        method = plan.build(args.seed).to(device)
+        method = plan.build(args.seed).to(machine.device)
         plan.options |= method.settled
         entry = next((e for e in content["models"] if e["name"] == label), None)
         if entry:
@@ -219,24 +219,24 @@ def run(args, plan, loaded):
             raise UserError(f"{args.load} has no model of {label}: name other categories with --categories.")
         else:
             save = lambda state: RANK or train.write(unfinished, content | {"current": state})
-            entry = fit_one(method, group, args, plan, label, save, current)
+            entry = fit_one(method, group, args, plan, machine, label, save, current)
             current = None
             content["models"].append(entry)
             save(None)  # a test image that cannot be read must not cost the training
         begun = time.perf_counter()
-        found, scores = evaluate(method, group, plan.how())
+        found, scores = evaluate(method, group, machine)
         rows |= found
         tested += time.perf_counter() - begun
-        ratios.append(copy_ratio(method, group, plan.how()))
+        ratios.append(copy_ratio(method, group, machine))
         if not args.no_panels:
-            panels(method, group, scores, entry, plan, out)
+            panels(method, group, scores, entry, plan, machine, out)
 
     results = {
         "method": plan.name, "data": str(root), "unified": not args.separate, "seed": args.seed,
         "config": plan.options | content["recipe"] | plan.settings | about, "categories": rows, "mean": mean_row(rows),
         "copy_ratio": ratios, "curve": {e["name"]: e["curve"] for e in content["models"]},
         "test_images_per_s": sum(len(c.test) for c in categories) / tested,
-        "seconds": time.perf_counter() - start, "device": machine(device)}  # fmt: skip
+        "seconds": time.perf_counter() - start, "device": str(machine)}  # fmt: skip
     results = json.loads(json.dumps(results), parse_constant=lambda nan: None)  # JSON has no NaN
     if RANK == 0:
         report(results, out)
@@ -265,7 +265,7 @@ def default_out(args, name):
     return f"runs/{name}-{folder}{'-separate' if args.separate else ''}"
 
 
-def fit_one(method, group, args, plan, label, save, current):
+def fit_one(method, group, args, plan, machine, label, save, current):
     """Trains a method on the normal images of a group of categories. -> entry of the checkpoint, with thresholds"""
     items = [item for category in group for item in category.train]
     order = np.random.default_rng(args.seed).permutation(len(items)).tolist()
@@ -275,26 +275,26 @@ def fit_one(method, group, args, plan, label, save, current):
 
     def observe(step, stage, loss):
         """A diagnostic only: results are those of the final epoch, whatever the curve's peak."""
-        rows, _ = evaluate(method, group, plan.how())
-        record = {"step": step, "stage": stage, "loss": loss, "copy_ratio": copy_ratio(method, group, plan.how())}
+        rows, _ = evaluate(method, group, machine)
+        record = {"step": step, "stage": stage, "loss": loss, "copy_ratio": copy_ratio(method, group, machine)}
         record |= {name: mean_row(rows)[name] for name in ("image_auroc", "pixel_auroc")}
         say(f"  {record}")
         curve.append(record)
 
-    how = dataclasses.asdict(plan.recipe) | plan.how() | {"save_every": plan.settings["save_every"], "resume": current}
-    how |= {"device": args.device, "seed": args.seed, "label": label, "eval_every": args.eval_every}
-    train.fit(method, images, observe=observe, save=lambda state: save(state | {"curve": curve}), **how)
+    train.fit(method, images, machine=machine, seed=args.seed, label=label, eval_every=args.eval_every, observe=observe,
+              save_every=plan.settings["save_every"], save=lambda state: save(state | {"curve": curve}), resume=current,
+              **dataclasses.asdict(plan.recipe))  # fmt: skip
     normal = [items[i] for i in sorted(held or order[:256])]
     entry = {"name": label, "state": train.trained_state(method), "backbone": train.checksum(method), "curve": curve}
-    return entry | {"held_out": bool(held)} | normal_range(method, normal, args.quantile, plan.how())
+    return entry | {"held_out": bool(held)} | normal_range(method, normal, args.quantile, machine)
 
 
-def normal_range(method, items, quantile, how):
+def normal_range(method, items, quantile, machine):
     """Threshold of the image score, and the colour scale low to high of overlays, both from normal images alone.
 
     One model may score one part ten times as high as another: under "of", each category has its own.
     """
-    maps, scores = train.predict(method, data.Images(items, method.size), **how)
+    maps, scores = train.predict(method, data.Images(items, method.size), machine=machine)
     names = np.array([item.category for item in items])
 
     def limits(chosen):
@@ -306,12 +306,12 @@ def normal_range(method, items, quantile, how):
     return limits(names == names) | {"of": {name: limits(names == name) for name in np.unique(names).tolist()}}
 
 
-def evaluate(method, categories, how):
+def evaluate(method, categories, machine):
     """-> {category: row of results.json}, {category: image scores}; the maps of one category at a time are held."""
     rows, all_scores = {}, {}
     for category in categories:
         mine = range(RANK, len(category.test), WORLD)  # the test set is dealt out to the processes like cards
-        maps, scores = train.predict(method, data.Images(category.test, method.size), indices=mine, **how)
+        maps, scores = train.predict(method, data.Images(category.test, method.size), machine=machine, indices=mine)
         maps, scores = gather(mine, maps), gather(mine, scores)
         if not np.isfinite(scores).all():
             raise UserError(f"The scores of {category.name} are not finite: training diverged; lower lr.")
@@ -350,9 +350,9 @@ def category_row(category, scores, maps):
 
 
 @torch.no_grad()
-def copy_ratio(method, categories, how):
+def copy_ratio(method, categories, machine):
     """Over all defective test images that have a clean twin, mean of a method's levels; None where there are none."""
-    machine, sums = train.Machine(device_of(method), **how), []
+    sums = []
     for item in itertools.chain(*(category.test for category in categories)):
         if item.twin and item.masks:
             (pair,) = machine.prepare(method, data.Images([item.twin, item.path], method.size))
@@ -396,10 +396,10 @@ def resume_from(path, content):
     if not path.exists():
         raise UserError(f"--resume: there is no {path}, so nothing was interrupted there: leave --resume out.")
     found = read_checkpoint(path)
-    flat = lambda c: {"method": c["method"]} | c["options"] | c["recipe"] | c["run"]
-    changed = [key for key, value in flat(content).items() if flat(found).get(key) != value]
-    if changed:
-        raise UserError(f"--resume: {path} is of a run with another {', '.join(changed)}: give the same options again.")
+    for part in ("options", "recipe", "run"):
+        for key, value in content[part].items():
+            if value not in ("auto", found[part].get(key)):
+                raise UserError(f"--resume: {path} is of a run with another {key}: give the same options again.")
     return found
 
 
@@ -412,7 +412,7 @@ def reload(method, entry):
 
 
 def writable(out):
-    """Makes the folder before any work is done for it. Raises UserError."""
+    """Makes the folder and tries it, before any work is done for it. Raises UserError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / f".try{RANK}").touch()
@@ -431,15 +431,12 @@ def table(header, rows):
         say(f"| {' | '.join(cells)} |")
 
 
-def percent(value):
-    return None if value is None else f"{100 * value:.1f}"
-
-
 def report(results, out):
     """Prints the table with its footer; writes results.json and curve.png."""
-    rows = [*results["categories"].items(), ("mean", results["mean"])]
-    heads = ["I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO"]
-    table(["category", *heads], [[name, *(percent(row[m]) for m in metrics.NAMES)] for name, row in rows])
+    header, rows = ["category", "I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO"], []
+    for name, row in [*results["categories"].items(), ("mean", results["mean"])]:
+        rows.append([name, *(None if row[m] is None else f"{100 * row[m]:.1f}" for m in metrics.NAMES)])
+    table(header, rows)
     for ratio in results["copy_ratio"]:
         if ratio is not None:
             say(f"copy ratio (1 = defects copied, 0 = restored): {ratio:.3f}")
@@ -462,20 +459,16 @@ def draw_curve(curve, title, path):
     figures.curve(series, path, title)
 
 
-def machine(device):
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 
-def panels(method, group, scores, entry, plan, out):
+def panels(method, group, scores, entry, plan, machine, out):
     """panels/CATEGORY.png: the worst false alarms, the worst misses and the clearest find of each kind of defect."""
     decoder = None
     if plan.settings["decode"]:  # in every process, since they share the work
         images = data.Images([item for category in group for item in category.train], method.size)
-        decoder = train.fit(models.Decoder(method), images, device=str(device_of(method)), **plan.how())
+        decoder = train.fit(models.Decoder(method), images, machine=machine)
     for category in group if RANK == 0 else []:
         ranges, items = entry | entry["of"].get(category.name, {}), category.test
         order = np.argsort(scores[category.name]).tolist()
@@ -483,7 +476,7 @@ def panels(method, group, scores, entry, plan, out):
         clearest = {items[i].defect: i for i in bad}  # the last of a kind has its highest score
         chosen = list(dict.fromkeys([*good[-2:][::-1], *bad[:2], *clearest.values()]))[:8]
         images, rows = data.Images([items[i] for i in chosen], method.size), []
-        (batch,) = train.Machine(device_of(method)).prepare(method, images)  # eight images: one batch
+        (batch,) = machine.prepare(method, images)  # eight images: one batch
         maps = method.score(batch)[0].float().cpu().numpy()
         restored = restored_tiles(method.reconstruction(batch), decoder)
         for row, item in enumerate(images.items):
@@ -510,30 +503,24 @@ def restored_tiles(pairs, decoder):
     return {"restored": picture(restored) for _, restored in pairs if restored.shape[1] == 3}
 
 
-def device_of(method):
-    return next(itertools.chain(method.parameters(), method.buffers())).device
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Prediction, export, comparison
 
 
 def load_for_use(args, plan, loaded):
-    """-> (method, entry) of a checkpoint that holds one model, or of its model for --categories NAME."""
+    """-> (method, machine, entry) of a checkpoint that holds one model, or of its model for --categories NAME."""
     entries, named = loaded["models"], args.categories or []
-    if loaded["run"]["separate"]:
-        entries = [e for e in entries if [e["name"]] == named]
-    if len(entries) != 1:
-        names = ", ".join(e["name"] for e in loaded["models"])
-        raise UserError(f"{args.load} holds one model per category: name one with --categories, of {names}.")
-    (entry,) = entries
-    method = plan.build(0).to(train.pick_device(args.device))
-    return reload(method, entry), entry | (entry["of"].get(named[0], {}) if len(named) == 1 else {})
+    known = {name: entry for entry in entries for name in entry["of"]}
+    if not set(named) <= set(known) or args.separate and len(named) != 1 < len(entries):
+        raise UserError(f"--categories: {args.load} knows {', '.join(known)}: name one of them.")
+    machine, entry = plan.machine(args.device), known[named[0]] if named else entries[0]
+    own = entry["of"][named[0]] if len(named) == 1 else {}
+    return reload(plan.build(0).to(machine.device), entry), machine, entry | own
 
 
 def predict(args, plan, loaded):
     """A line and an overlay per image as they come, predictions.csv. -> exit code: 2 if none was readable, else 0."""
-    method, entry = load_for_use(args, plan, loaded)
+    method, machine, entry = load_for_use(args, plan, loaded)
     source = Path(args.predict)
     if not source.exists():
         raise UserError(f"--predict {source} does not exist: name an image or a folder of images.")
@@ -557,7 +544,7 @@ def predict(args, plan, loaded):
                 print(f"skipped: {error}", file=sys.stderr)
                 skipped += 1
                 continue
-            (anomaly,), (score,) = train.predict(method, [image], **plan.how())
+            (anomaly,), (score,) = train.predict(method, [image], machine=machine)
             verdict = "defective" if score > entry["threshold"] else "normal"
             relative = path.relative_to(source) if source.is_dir() else Path(path.name)
             overlay = out / f"{relative}.overlay.png"
@@ -582,8 +569,8 @@ class Exported(nn.Module):
 
 def export(args, plan, loaded):
     """Writes --export FILE.pt2 and checks it against the program itself."""
-    method, _ = load_for_use(args, plan, loaded)
-    images = torch.rand(1, 3, method.size, method.size, device=device_of(method))
+    method, machine, _ = load_for_use(args, plan, loaded)
+    images = torch.rand(1, 3, method.size, method.size, device=machine.device)
     module = Exported(method).eval()
     with torch.no_grad():
         expected, _ = module(images)  # before the tracing, which must not be the first to fill a cache of constants
@@ -646,10 +633,10 @@ def demo(argv):
     rows = []
     for name in ("mlp", "uniad"):
         args, plan, _ = parse([*argv, "--method", name])
-        args.out = f"{args.out}/{name}" if args.out else None
+        args.out = args.out and f"{args.out}/{name}"
         results = run(args, plan, None)
-        mean = [f"{results['mean'][m]:.3f}" for m in ("image_auroc", "pixel_auroc", "aupro")]
-        rows.append([name, f"{results['copy_ratio'][0]:.3f}", *mean])
+        values = [*results["copy_ratio"], *map(results["mean"].get, ("image_auroc", "pixel_auroc", "aupro"))]
+        rows.append([name, *(f"{value:.3f}" for value in values)])
     say()
     table(["method", "copy ratio", "image AUROC", "pixel AUROC", "AUPRO"], rows)
     say("copy ratio: 1 = the defect is copied whole, 0 = it is restored to normal; see runs/*/panels")
