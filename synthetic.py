@@ -38,7 +38,7 @@ class SyntheticError(Exception):
 def draw(category, seed, defect=None, size=256, contrast=0.4):
     """Draw one image: (image, twin, mask) as (size, size, 3) uint8, the same without the defect, and (size, size) bool.
 
-    The mask is True exactly where image and twin differ visibly. `seed`: a list of integers; equal arguments, equal pixels.
+    The mask is True exactly where image and twin differ visibly. `seed`: list of integers; equal arguments, equal pixels.
     contrast: strength of the defect, above 0 to 1; of a misplaced part how far it is off, of all others their colour.
     """
     part = _part(category, size)

@@ -372,7 +372,6 @@ CPU = train.Machine("cpu", "fp32")
 SMALL = {  # options that make a method quick
     "transformer": {"width": 32, "layers": 1},
     "uniad": {"width": 32, "layers": 1},
-    "rlr": {"strides": (16,)},
     "ae": {"width": 8},
     "unet": {"width": 8},
     "ear": {"width": 8, "saliency": "spectral", "mosaic": 16},
@@ -387,7 +386,7 @@ SMALL = {  # options that make a method quick
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setitem(models.RLR.WIDTHS, 16, 128)
+    monkeypatch.setattr(models.RLR, "LEVELS", ((8, 64), (16, 128)))
 
 
 def build(name, **options):
@@ -596,10 +595,11 @@ def test_the_copy_ratio_is_1_for_a_copy_0_for_a_restoration_and_looks_at_the_def
 
 @functools.cache
 def twins(size):
-    """Synthetic images (N,3,S,S): 96 normal ones, 72 with a defect, the same without; and the masks of the defects."""
+    """Synthetic images (N,3,S,S): normal, with a defect, and the same without it; and the masks of the defects."""
     normal = [synthetic.draw(name, [seed], None, size)[0] for name in synthetic.PARTS for seed in range(24)]
     cases = itertools.product(synthetic.PARTS, range(24, 27), synthetic.DEFECTS)
-    defective, clean, masks = zip(*(synthetic.draw(name, [seed], defect, size, contrast=1) for name, seed, defect in cases))
+    drawn = [synthetic.draw(name, [seed], defect, size, contrast=1) for name, seed, defect in cases]
+    defective, clean, masks = zip(*drawn)
     images = (torch.tensor(np.stack(x)).permute(0, 3, 1, 2) / 255 for x in (normal, defective, clean))
     return *images, torch.tensor(np.stack(masks))
 

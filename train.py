@@ -84,10 +84,6 @@ class Machine:
         native = torch.cuda.is_bf16_supported() if self.device.type == "cuda" else on_cpu
         self.bf16 = precision == "bf16" or precision == "auto" and native
 
-    def __str__(self):
-        on_gpu = self.device.type == "cuda"
-        return torch.cuda.get_device_name(self.device) if on_gpu else f"{torch.get_num_threads()} CPU threads"
-
     def autocast(self):
         """Matrix products and convolutions in bfloat16, the rest in float32."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)

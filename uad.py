@@ -74,8 +74,9 @@ def flags():
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--recipe", choices=["default", "paper"], default="default", help="paper: as the paper trains it")
-    for name in ("epochs", "batch-size", "lr", "size", "backbone", "weights"):
-        add(f"--{name}", metavar="VALUE", help=f"the same as {name.replace('-', '_')}=VALUE")
+    for name in ("--epochs", "--batch-size", "--lr", "--size", "--backbone", "--weights"):
+        short = name[2:].replace("-", "_")
+        add(name, metavar="VALUE", dest="given", action="append", type=f"{short}={{}}".format, help=f"{short}=VALUE")
     add("--eval-every", type=int, default=0, metavar="STEPS", help="evaluate during training too: curve.png")
     add("--holdout", type=float, default=0.0, metavar="SHARE", help="of the training images, for the threshold alone")
     add("--quantile", type=float, default=0.99, metavar="Q", help="the threshold: this quantile of normal scores")
@@ -108,10 +109,10 @@ def typed(name, text, default):
             return tuple(int(part) for part in text.split(",") if part)
         return type(default)(text) if isinstance(default, (int, float)) else text
     except (KeyError, ValueError):
-        raise UserError(f"{name}={text} cannot be read: give a value such as {name}={shown(default)}.") from None
+        raise UserError(f"{name}={text} cannot be read: give a value such as {name}={as_text(default)}.") from None
 
 
-def shown(value):
+def as_text(value):
     return ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 
@@ -131,7 +132,7 @@ class Plan:
     def changed(self):
         """-> "name=value, ..." of all that differs from the method's defaults."""
         now = self.options | dataclasses.asdict(self.recipe) | self.settings
-        return ", ".join(f"{k}={shown(v)}" for k, v in now.items() if v != defaults_of(METHODS[self.name])[k])
+        return ", ".join(f"{k}={as_text(v)}" for k, v in now.items() if v != defaults_of(METHODS[self.name])[k])
 
     def machine(self, device):
         return train.Machine(device, self.settings["precision"], self.settings["workers"])
@@ -157,16 +158,13 @@ def parse(argv):
     else:
         values = defaults | (DEMO.get(name, {}) if args.data is None else {})
         values |= METHODS[name].paper if args.recipe == "paper" else {}
-    given = [(key, getattr(args, key)) for key in ("epochs", "batch_size", "lr", "size", "backbone", "weights")]
-    given += [word.split("=", 1) for word in argv if is_setting(word)]
-    for key, text in given:
-        if text is None:
-            continue
+    for word in (args.given or []) + list(filter(is_setting, argv)):
+        key, text = word.split("=", 1)
         if key not in defaults:
             raise UserError(f"{name} has no option {key}: it has {', '.join(defaults)}.")
         values[key] = typed(key, text, defaults[key])
     if args.help:
-        words = " ".join(f"{key}={shown(value)}" for key, value in values.items())
+        words = " ".join(f"{key}={as_text(value)}" for key, value in values.items())
         print(flags().format_help(), f"name=value, with the defaults of {name}:", textwrap.fill(words, 118), sep="\n")
         sys.exit(0)
     part = lambda keys: {key: values[key] for key in keys}
@@ -200,7 +198,7 @@ def run(args, plan, loaded):
     writable(out)
     about = {name: getattr(args, name) for name in ("data", "categories", "separate", "seed", "holdout", "quantile")}
     say(f"{plan.name}: {'a model for each' if args.separate else 'one model for all'} of {len(categories)} categories, "
-        f"seed {args.seed}, {machine}; changed from the defaults: {plan.changed() or 'nothing'}")  # fmt: skip
+        f"seed {args.seed}, {machine.device}; changed from the defaults: {plan.changed() or 'nothing'}")  # fmt: skip
 
     content = {"version": VERSION, "method": plan.name, "options": plan.options, "run": about,
                "recipe": dataclasses.asdict(plan.recipe), "models": loaded["models"] if loaded else []}  # fmt: skip
@@ -224,19 +222,18 @@ def run(args, plan, loaded):
             content["models"].append(entry)
             save(None)  # a test image that cannot be read must not cost the training
         begun = time.perf_counter()
-        found, scores = evaluate(method, group, machine)
-        rows |= found
+        rows |= evaluate(method, group, machine)
         tested += time.perf_counter() - begun
         ratios.append(copy_ratio(method, group, machine))
         if not args.no_panels:
-            panels(method, group, scores, entry, plan, machine, out)
+            panels(method, group, rows, entry, plan, machine, out)
 
     results = {
-        "method": plan.name, "data": str(root), "unified": not args.separate, "seed": args.seed,
+        "method": plan.name, "unified": not args.separate,
         "config": plan.options | content["recipe"] | plan.settings | about, "categories": rows, "mean": mean_row(rows),
         "copy_ratio": ratios, "curve": {e["name"]: e["curve"] for e in content["models"]},
         "test_images_per_s": sum(len(c.test) for c in categories) / tested,
-        "seconds": time.perf_counter() - start, "device": str(machine)}  # fmt: skip
+        "seconds": time.perf_counter() - start, "device": str(machine.device)}  # fmt: skip
     results = json.loads(json.dumps(results), parse_constant=lambda nan: None)  # JSON has no NaN
     if RANK == 0:
         report(results, out)
@@ -255,8 +252,9 @@ def find_data(root, names):
         if WORLD > 1:
             dist.barrier()
     categories = data.find_categories(root, names)
-    for note in itertools.chain(*(category.notes for category in categories)):
-        say(f"note: {note}")
+    for category in categories:
+        for note in category.notes:
+            say(f"note: {note}")
     return root, categories
 
 
@@ -275,7 +273,7 @@ def fit_one(method, group, args, plan, machine, label, save, current):
 
     def observe(step, stage, loss):
         """A diagnostic only: results are those of the final epoch, whatever the curve's peak."""
-        rows, _ = evaluate(method, group, machine)
+        rows = evaluate(method, group, machine)
         record = {"step": step, "stage": stage, "loss": loss, "copy_ratio": copy_ratio(method, group, machine)}
         record |= {name: mean_row(rows)[name] for name in ("image_auroc", "pixel_auroc")}
         say(f"  {record}")
@@ -307,16 +305,16 @@ def normal_range(method, items, quantile, machine):
 
 
 def evaluate(method, categories, machine):
-    """-> {category: row of results.json}, {category: image scores}; the maps of one category at a time are held."""
-    rows, all_scores = {}, {}
+    """-> {category: row of results.json}; the maps of one category at a time are held."""
+    rows = {}
     for category in categories:
         mine = range(RANK, len(category.test), WORLD)  # the test set is dealt out to the processes like cards
         maps, scores = train.predict(method, data.Images(category.test, method.size), machine=machine, indices=mine)
         maps, scores = gather(mine, maps), gather(mine, scores)
         if not np.isfinite(scores).all():
             raise UserError(f"The scores of {category.name} are not finite: training diverged; lower lr.")
-        rows[category.name], all_scores[category.name] = category_row(category, scores, maps), scores
-    return rows, all_scores
+        rows[category.name] = category_row(category, scores, maps)
+    return rows
 
 
 def gather(indices, values):
@@ -342,7 +340,7 @@ def category_row(category, scores, maps):
         return metrics.evaluate(scores[chosen], labels[chosen], maps[pixels], masks[pixels])
 
     row = measure(labels >= 0)
-    row["defects"] = {}
+    row["scores"], row["defects"] = scores.tolist(), {}
     for defect in np.unique(defects[labels == 1]).tolist():
         one = measure((labels == 0) | (defects == defect))
         row["defects"][defect] = {name: one[name] for name in ("image_auroc", "pixel_auroc")}
@@ -425,10 +423,9 @@ def table(header, rows):
     """Aligned text that is a Markdown table too; None is "-"."""
     lines = [["-" if cell is None else str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
-    for first, *rest in lines:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:]))]
-        say(f"| {' | '.join(cells)} |")
+    lines.insert(1, ["-" * width for width in widths])
+    for line in lines:
+        say("|", " | ".join(map(str.ljust, line, widths)), "|")
 
 
 def report(results, out):
@@ -463,7 +460,7 @@ def draw_curve(curve, title, path):
 # Pictures
 
 
-def panels(method, group, scores, entry, plan, machine, out):
+def panels(method, group, rows, entry, plan, machine, out):
     """panels/CATEGORY.png: the worst false alarms, the worst misses and the clearest find of each kind of defect."""
     decoder = None
     if plan.settings["decode"]:  # in every process, since they share the work
@@ -471,11 +468,12 @@ def panels(method, group, scores, entry, plan, machine, out):
         decoder = train.fit(models.Decoder(method), images, machine=machine)
     for category in group if RANK == 0 else []:
         ranges, items = entry | entry["of"].get(category.name, {}), category.test
-        order = np.argsort(scores[category.name]).tolist()
+        scores = rows[category.name]["scores"]
+        order = np.argsort(scores).tolist()
         good, bad = ([i for i in order if items[i].label == label] for label in (0, 1))
         clearest = {items[i].defect: i for i in bad}  # the last of a kind has its highest score
         chosen = list(dict.fromkeys([*good[-2:][::-1], *bad[:2], *clearest.values()]))[:8]
-        images, rows = data.Images([items[i] for i in chosen], method.size), []
+        images, shown = data.Images([items[i] for i in chosen], method.size), []
         (batch,) = machine.prepare(method, images)  # eight images: one batch
         maps = method.score(batch)[0].float().cpu().numpy()
         restored = restored_tiles(method.reconstruction(batch), decoder)
@@ -483,13 +481,12 @@ def panels(method, group, scores, entry, plan, machine, out):
             tiles = {"input": images[row]} | {name: stack[row] for name, stack in restored.items()}
             tiles["ground truth"] = data.read_mask(item, method.size) if item.masks or not item.label else None
             tiles["anomaly map"] = figures.overlay(images[row], maps[row], ranges["low"], ranges["high"])
-            score = float(scores[category.name][chosen[row]])
-            wrong = (score > ranges["threshold"]) != item.label
+            wrong = (scores[chosen[row]] > ranges["threshold"]) != item.label
             name, verdict = f"{item.defect}/{item.path.stem}", ["false alarm", "miss"][item.label] if wrong else ""
-            rows.append({"name": name, "score": score, "images": tiles, "verdict": verdict})
+            shown.append({"name": name, "score": scores[chosen[row]], "images": tiles, "verdict": verdict})
         note = (f"Scores above {ranges['threshold']:.3g} count as defective. First the highest-scoring normal images, "
                 f"the lowest-scoring defective ones, then the clearest of each kind.")  # fmt: skip
-        picture = figures.panel(rows, ranges["low"], ranges["high"], f"{plan.name}: {category.name}", note)
+        picture = figures.panel(shown, ranges["low"], ranges["high"], f"{plan.name}: {category.name}", note)
         figures.save(picture, out / f"panels/{category.name}.png")
 
 
@@ -522,8 +519,6 @@ def predict(args, plan, loaded):
     """A line and an overlay per image as they come, predictions.csv. -> exit code: 2 if none was readable, else 0."""
     method, machine, entry = load_for_use(args, plan, loaded)
     source = Path(args.predict)
-    if not source.exists():
-        raise UserError(f"--predict {source} does not exist: name an image or a folder of images.")
     paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in data.EXTENSIONS) if source.is_dir() else [source]
     if not paths:
         raise UserError(f"--predict {source} holds no image ({', '.join(sorted(data.EXTENSIONS))}).")
