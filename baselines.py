@@ -136,7 +136,7 @@ class PaDiM(Method):
             dims = total if total <= 256 else 100 if total <= 1000 else 550
         dims = min(dims, total)
         shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-        self.standardize = Standardize(dims, standardize)
+        self.standardize = Standardize(dims, on=standardize)
         self.register_buffer("chosen", shuffled[:dims].sort().values)
         self.register_buffer("mean", torch.zeros(self.grid**2, dims))
         self.register_buffer("whiten", torch.zeros(0))

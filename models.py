@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision import models as tv
 from torchvision.ops.misc import Conv2dNormActivation
-from torchvision.transforms import Normalize
 
 
 class MethodError(RuntimeError):
@@ -166,14 +165,14 @@ class Standardize(nn.Module):
     """Brings each channel to mean 0 and std 1 over normal images; the identity before `fit`. (B,C,h,w) -> the same.
 
     Channels of frozen features differ in scale by two orders of magnitude: without it a few of them own a loss.
-    on=False: the identity for ever.
+    mean, std: known ones, of each channel. on=False: the identity for ever.
     """
 
-    def __init__(self, channels, on=True):
+    def __init__(self, channels, mean=0.0, std=1.0, on=True):
         super().__init__()
         self.on = on
-        self.register_buffer("mean", torch.zeros(channels, 1, 1))
-        self.register_buffer("std", torch.ones(channels, 1, 1))
+        for name, value in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(value).expand(channels).view(-1, 1, 1).clone())
 
     def fit(self, sample):
         """sample: (N,C,h,w)"""
@@ -334,7 +333,7 @@ class Backbone(Frozen):
         for end in STAGES[name]:
             self.stages.append(nn.Sequential(*children[start:end]))
             start = end
-        self.normalize = Normalize(*(LITE_PIXELS if name in LITE else IMAGENET))
+        self.normalize = Standardize(3, *(LITE_PIXELS if name in LITE else IMAGENET))
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)  # 1.7 times as fast on a CPU
         with torch.no_grad():
             self.channels = [f.shape[1] for f in self(torch.zeros(1, 3, 64, 64))]
@@ -425,7 +424,7 @@ class FeatureMethod(Method):
         require(1 <= pool <= size, f"pool={pool} must be 1 to size={size} pixels.")
         self.backbone, self.resize, self.grid, self.pool = Backbone(backbone, weights), resize, size // 16, pool
         self.channels = sum(self.backbone.channels)
-        self.standardize, self.rarity = Standardize(self.channels, standardize), Rarity(self.channels, whiten)
+        self.standardize, self.rarity = Standardize(self.channels, on=standardize), Rarity(self.channels, whiten)
 
     def features(self, images):
         """(B,3,S,S) -> (B,C,H,W), H = W = S/16: all levels on one grid."""
@@ -799,7 +798,7 @@ class RLR(Method):
         self.alpha, self.lamp = alpha, lamp
         channels = self.backbone.channels
         self.nets = nn.ModuleList(ReferenceNet(c, size // s, w) for c, (s, w) in zip(channels, self.LEVELS))
-        self.standardize = nn.ModuleList(Standardize(c, standardize) for c in channels)
+        self.standardize = nn.ModuleList(Standardize(c, on=standardize) for c in channels)
         self.rarity = nn.ModuleList(Rarity(c, whiten) for c in channels)
 
     def features(self, images):
@@ -1069,7 +1068,7 @@ class DinoSaliency(Frozen):
             url, default = self.URL + self.FILE, weights == "default"
             state = download(url, "saliency=everywhere") if default else load_weights(weights)
             self.load(state, "the download" if default else weights)
-        self.normalize = Normalize(*IMAGENET)
+        self.normalize = Standardize(3, *IMAGENET)
         self.requires_grad_(False).eval()
 
     def load(self, state, source):
@@ -1138,7 +1137,7 @@ class EAR(ImageMethod):
                 if saliency == "dino" or weights != "default":
                     raise
                 self.settled = {"saliency": "everywhere"}
-        self.saliency = self.settled.get("saliency", saliency)
+        self.saliency, self.mosaic = self.settled.get("saliency", saliency), mosaic
         self.register_buffer("block", torch.tensor(0 if mosaic == "auto" else int(mosaic)))
         self.side = None  # of a block in pixels at this size, as soon as it is known
 
@@ -1149,7 +1148,8 @@ class EAR(ImageMethod):
         cannot be restored by heart. Take the m with the best ratio: the share of a pasted disturbance that the mosaic
         hides, over the deviation across normal images of what it takes away from them.
         """
-        if self.block:
+        self.side = None
+        if self.mosaic != "auto":
             return
         images = torch.cat(list(batches))
         with torch.random.fork_rng():

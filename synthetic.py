@@ -1,7 +1,7 @@
 """Draw a small data set like visual inspection: the same part photographed again and again, and six kinds of defect.
 
-A category is one instance: one weave, one gear, one circuit board, on every photo the same. What varies is
-what varies below a camera: the part lies up to 1.5 % of the image and 1.4 degrees off, the lamp is brighter, dimmer or
+A category is one instance: one weave, one gear, one circuit board, on every photo the same. What varies is what
+varies below a camera: the part lies up to 1.5 % of the image and 1.4 degrees off, the lamp is brighter, dimmer or
 tilted, the sensor has noise. Defects are faint, `contrast` = 0.4 of their full strength: a vivid one has features far
 from all training features, no reconstructor can copy it, and a set of such defects could not tell what copying costs.
 `contrast=1` draws the vivid ones.
@@ -38,7 +38,8 @@ class SyntheticError(Exception):
 def draw(category, seed, defect=None, size=256, contrast=0.4):
     """Draw one image: (image, twin, mask) as (size, size, 3) uint8, the same without the defect, and (size, size) bool.
 
-    The mask is True exactly where image and twin differ visibly. `seed`: list of integers; equal arguments, equal pixels.
+    The mask is True exactly where image and twin differ, which they do only where it is visible. `seed` is a list of
+    integers; equal arguments, equal pixels.
     contrast: strength of the defect, above 0 to 1; of a misplaced part how far it is off, of all others their colour.
     """
     part = _part(category, size)
@@ -48,9 +49,9 @@ def draw(category, seed, defect=None, size=256, contrast=0.4):
     for attempt in range(30):  # until the defect is neither too small to matter nor absurdly large
         spoiled = _spoil(*part, np.random.default_rng([*seed, 1, attempt]), defect, contrast)
         image = _photograph(spoiled, seed, size)
-        # What nobody could see stays the twin's: differences below 4 grey levels, and single pixels (the median).
+        # What nobody could see stays the twin's: differences below 4 grey levels, and specks (the median).
         change = np.abs(image.astype(int) - twin).max(axis=2).astype(np.uint8)
-        mask = np.minimum(change, Image.fromarray(change).filter(ImageFilter.MedianFilter(5))) >= 4
+        mask = np.minimum(change, Image.fromarray(change).filter(ImageFilter.MedianFilter(size // 50 | 1))) >= 4
         if 0.003 <= mask.mean() <= 0.06:
             break
     return np.where(mask[..., None], image, twin), twin, mask
@@ -75,7 +76,7 @@ def _photograph(canvas, seed, size):
     picture = Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
     picture = picture.transform(picture.size, Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC).reduce(2)
     y, x = _grid(size)
-    slope = (x - 0.5 + 1j * (y - 0.5)) * np.exp(1j * rng.uniform(0, tau))
+    slope = (x + 1j * y - 0.5 - 0.5j) * np.exp(1j * rng.uniform(0, tau))
     light = rng.uniform(0.92, 1.08) * (1 + rng.uniform(0, 0.15) * slope.real)
     noise = 2 * rng.standard_normal((size, size, 3), np.float32)
     photo = np.rint(picture * light[..., None] + noise)
@@ -242,7 +243,7 @@ def _blend(image, cover, colour):
     return image * (1 - cover) + colour * cover
 
 
-def write_synthetic(out="./synthetic", size=256, train=60, good=20, each=4, contrast=0.4, seed=0) -> Path:
+def write_synthetic(out="./synthetic", size=256, train=60, good=20, each=4, contrast=0.4, seed=0):
     """Write three categories of synthetic images in the MVTec AD layout and return the folder.
 
     Per category `train` images for training, and for testing `good` normal ones and `each` of every defect kind, with

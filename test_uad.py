@@ -3,10 +3,14 @@
 A test's name is the sentence it checks. Whatever needs numbers to compare with computes them the slow and obvious way.
 """
 
+import csv
 import functools
 import io
 import itertools
+import json
 import math
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +30,7 @@ import metrics
 import models
 import synthetic
 import train
+import uad
 
 # ---------------------------------------------------------------------------------------------------------------------
 # data.py
@@ -386,7 +391,7 @@ SMALL = {  # options that make a method quick
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(models.RLR, "LEVELS", ((8, 64), (16, 128)))
+    monkeypatch.setattr(models.RLR, "LEVELS", ((8, 64), (16, 64)))
 
 
 def build(name, **options):
@@ -622,8 +627,8 @@ WIDE = {"width": 128, "hidden": 256, "layers": 1, "size": 128}
     [
         ("mlp", {}, 30, 0.38, 1),
         ("uniad", WIDE, 20, 0, 0.2),
-        ("uniad", {**WIDE, "query": False}, 20, 0.3, 1),
-        ("rlr", {}, 4, 0, 0.33),
+        ("uniad", {**WIDE, "query": False}, 20, 0.25, 1),
+        ("rlr", {"size": 64}, 8, 0, 0.3),
     ],
 )
 def test_an_mlp_copies_defects_and_uniad_without_its_query_but_not_with_it_nor_rlr(name, options, epochs, low, high):
@@ -639,6 +644,27 @@ def test_what_a_u_net_copies_is_restored_where_it_is_hidden_and_damped_where_it_
     assert shares[0] > shares[1] + 0.1 and shares[1] > shares[2] + 0.002
     before, after = (method.unet.state_dict().values() for method in (ear, fader))
     assert all(map(torch.equal, before, after))  # the second stage trains the attenuators alone
+
+
+def test_rarity_is_mahalanobis_distance_and_does_not_know_the_scale_of_channels():
+    torch.manual_seed(0)
+    mix = torch.randn(5, 5)
+    normal, residual = torch.randn(400, 3, 5) @ mix + 2, torch.randn(7, 3, 5)
+
+    def rarity(scale):
+        module = models.Rarity(5)
+        module.fit(iter((normal * scale).split(100)))
+        return module(residual * scale)
+
+    covariance = np.cov(normal.flatten(0, 1).numpy().T)
+    inverse = np.linalg.inv(covariance + models.Rarity.LAMBDA * np.diag(np.diag(covariance)))
+    off = (residual - normal.mean((0, 1))).numpy()
+    wanted = np.sqrt(np.einsum("blc,cd,bld->bl", off, inverse, off))
+    assert np.allclose(rarity(torch.ones(5)), wanted, rtol=1e-3)
+    assert torch.allclose(rarity(torch.ones(5)), rarity(torch.logspace(-2, 2, 5)), rtol=1e-3)
+    plain = models.Rarity(5, on=False)
+    plain.fit(iter([normal]))
+    assert torch.equal(plain(residual), residual.norm(dim=-1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -885,3 +911,248 @@ def test_a_synthetic_set_is_complete_the_same_every_time_and_never_mixed_with_an
     assert more.items() > files(out).items() and len(set(more.values())) == len(more)
     failed = subprocess.run([*command, "--each", "2"], capture_output=True, text=True)
     assert failed.returncode == 2 and "choose another" in failed.stderr and "Traceback" not in failed.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# uad.py
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Two categories of few synthetic images."""
+    root = synthetic.write_synthetic(tmp_path_factory.mktemp("parts") / "set", size=128, train=6, good=3, each=1)
+    for folder in sorted(root.iterdir())[2:]:
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    return root
+
+
+@pytest.fixture
+def program(parts, tmp_path, monkeypatch, capsys):
+    """Runs the program in an empty folder -> exit code, printed text, text of errors."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(line, small=True):
+        words = line.split()
+        if small and "--load" not in words and "--compare" not in words:
+            method = words[words.index("--method") + 1]
+            words += ["--data", str(parts), "--size", "128", "--epochs", "1"]
+            words += [f"{key}={value}" for key, value in SMALL.get(method, {}).items()]
+        code = uad.main(words)
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def results(folder):
+    return json.loads(Path(folder, "results.json").read_text())
+
+
+def metrics_of(folder):
+    """What must be equal between two runs that should be the same."""
+    return results(folder)["categories"], results(folder)["copy_ratio"]
+
+
+@pytest.mark.parametrize("method", uad.METHODS)
+def test_a_method_trains_writes_its_results_and_loads_to_equal_numbers(program, method):
+    code, out, err = program(f"--method {method} --out run --no-panels")
+    assert code == 0, err
+    assert set(results("run")["mean"]) == set(metrics.NAMES)
+    assert all(0 <= value <= 1 for value in results("run")["mean"].values())
+    assert program("--load run/checkpoint.pt --out again --no-panels")[0] == 0
+    assert metrics_of("run") == metrics_of("again")
+    content = torch.load("run/checkpoint.pt", weights_only=True)
+    assert not any(name.startswith("backbone.") for name in content["models"][0]["state"])
+
+
+@pytest.mark.parametrize("method, at", [("uniad", 2), ("fader", 3), ("mlp --separate", 3)])
+def test_a_run_that_was_killed_goes_on_to_the_numbers_of_an_uninterrupted_one(program, monkeypatch, method, at):
+    line = f"--method {method} --no-panels --batch-size 4 save_every=0 epochs=2"
+    assert program(f"{line} --out whole")[0] == 0
+    count, advance = itertools.count(), train.Stage.advance
+
+    def killed(self, *batch):
+        if next(count) == at:
+            raise KeyboardInterrupt
+        return advance(self, *batch)
+
+    monkeypatch.setattr(train.Stage, "advance", killed)
+    assert program(f"{line} --out broken")[0] == 130
+    assert not Path("broken/results.json").exists()
+    assert program(f"{line} --out broken --resume --seed 5")[0] == 2  # another run
+    assert program(f"{line} --out broken --resume")[0] == 0
+    assert metrics_of("whole") == metrics_of("broken")
+    assert not Path("broken/unfinished.pt").exists()
+
+
+def test_two_processes_train_one_model_and_share_the_test_images(parts, tmp_path):
+    command = f"-m torch.distributed.run --nproc_per_node=2 {uad.__file__} --method mlp --data {parts} --epochs 1"
+    words = [sys.executable, *command.split(), "--size", "128", "--out", "two"]
+    subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
+    line = f"--load {tmp_path}/two/checkpoint.pt --out {tmp_path}/one --no-panels"
+    assert uad.main(line.split()) == 0
+    assert metrics_of(tmp_path / "two") == metrics_of(tmp_path / "one")
+
+
+def test_the_threshold_is_a_quantile_of_held_out_normal_images_and_of_each_category(program, parts):
+    program("--method mlp --out run --no-panels --holdout 0.5 --quantile 0.8")
+    (entry,) = torch.load("run/checkpoint.pt", weights_only=True)["models"]
+    names = sorted(entry["of"])
+    items = [item for category in data.find_categories(parts) for item in category.train]
+    held = sorted(np.random.default_rng(0).permutation(12)[:6])
+    method = models.MLP(size=128)
+    train.restore(method, entry["state"])
+    _, scores = train.predict(method, data.Images([items[i] for i in held], 128))
+    assert entry["held_out"] and names == sorted({item.category for item in items})
+    assert entry["threshold"] == pytest.approx(np.quantile(scores, 0.8, method="higher"))
+    own = [score for score, i in zip(scores, held) if items[i].category == names[0]]
+    assert entry["of"][names[0]]["threshold"] == pytest.approx(np.quantile(own, 0.8, method="higher"))
+
+
+def test_prediction_gives_score_verdict_and_overlay_and_goes_on_after_a_broken_image(program, parts):
+    program("--method mlp --out run --no-panels")
+    name = next(folder.name for folder in sorted(parts.iterdir()) if folder.is_dir())
+    Path("new").mkdir()
+    shutil.copy(parts / name / "test/good/000.png", "new/a.png")
+    Path("new/b.png").write_text("no image")
+    code, out, err = program(f"--load run/checkpoint.pt --predict new --categories {name}")
+    rows = list(csv.DictReader(open("run/predictions/predictions.csv")))
+    assert code == 0 and "b.png" in err and len(rows) == 1
+    high = float(rows[0]["score"]) > float(rows[0]["threshold"])
+    assert rows[0]["verdict"] == ("defective" if high else "normal")
+    assert Image.open(rows[0]["overlay"]).size == (128, 128)
+    assert program("--load run/checkpoint.pt --predict new/b.png")[0] == 2
+
+
+@pytest.mark.parametrize("method", ["uniad", "rlr", "padim", "fader"])
+def test_an_exported_file_gives_the_programs_own_numbers(program, parts, method):
+    program(f"--method {method} --out run --no-panels")
+    code, out, err = program("--load run/checkpoint.pt --export run/net.pt2")
+    assert code == 0 and "e-0" in out or "0.0e+00" in out
+    image = data.read_image(next(parts.glob("*/test/hole/*.png")), 128)
+    _, plan, loaded = uad.parse(["--load", "run/checkpoint.pt"])
+    method = uad.reload(plan.build(0), loaded["models"][0])
+    maps, scores = train.predict(method, [image], machine=train.Machine(precision="fp32"))
+    pixels = torch.tensor(image).permute(2, 0, 1)[None] / 255
+    exported_maps, exported_scores = torch.export.load("run/net.pt2").module()(pixels)
+    difference = np.abs(exported_maps.detach().numpy() - maps).max()
+    assert difference < 0.02 * maps.max()  # the program rounds features to half precision
+    assert exported_scores.item() == pytest.approx(scores[0], rel=0.01)
+
+
+def test_panels_and_a_curve_are_drawn_and_runs_compared_over_their_seeds(program):
+    for seed in (0, 1):
+        assert program(f"--method mlp --out s{seed} --seed {seed} --eval-every 1 decode=True")[0] == 0
+    assert {"curve.png", "panels", "results.json", "checkpoint.pt"} == {path.name for path in Path("s0").iterdir()}
+    assert len(results("s0")["curve"]["all"]) == 1 and len(list(Path("s0/panels").iterdir())) == 2
+    code, out, _ = program("--compare s0 s1 nothing")
+    assert code == 0 and "s0 s1" in out and "±" in out and "nothing" in out
+
+
+BAD = [  # command line, words of the sentence
+    ("--method mlp --data nowhere", "nowhere does not exist"),
+    ("--method mlp --categories bolt", "bolt"),
+    ("--method nothing", "nothing"),
+    ("--method mlp heads=2", "mlp has no option heads"),
+    ("--method draem --backbone resnet18", "draem has no option backbone"),
+    ("--method uniad query=perhaps", "query=perhaps"),
+    ("--method uniad --size 64", "window"),
+    ("--method uniad width=15", "width=15"),
+    ("--method uniad alpha=inf", "alpha=inf"),
+    ("--method rlr --size 130", "size=130"),
+    ("--method psvdd --size 96", "size"),
+    ("--method mkd --size 120", "size"),
+    ("--method ear mosaic=0", "mosaic=0"),
+    ("--method ear saliency=best", "saliency=best"),
+    ("--method fader attenuate=3", "attenuate"),
+    ("--method draem textures=nowhere", "nowhere"),
+    ("--method mlp --size 8", "size=8"),
+    ("--method mlp --epochs 0", "epochs=0"),
+    ("--method mlp --lr nan", "lr"),
+    ("--method mlp --lr 1e9 --epochs 30", "lower lr"),
+    ("--method mlp optimizer=lion", "optimizer=lion"),
+    ("--method cnn optimizer=muon", "muon"),
+    ("--method mlp precision=int8", "precision=int8"),
+    ("--method mlp workers=0", "workers=0"),
+    ("--method mlp --device tpu", "tpu"),
+    ("--method mlp --device cuda:99", "cuda:99"),
+    ("--method mlp --weights nowhere.pth", "nowhere.pth"),
+    ("--method mlp --seed -1", "--seed"),
+    ("--method mlp --holdout 1", "--holdout"),
+    ("--method mlp --quantile 0", "--quantile"),
+    ("--method mlp --eval-every -1", "--eval-every"),
+    ("--method mlp --resume", "--resume"),
+    ("--method mlp --predict a.png", "--load"),
+    ("--method mlp --nonsense", "--nonsense"),
+    ("--load nowhere.pt", "nowhere.pt"),
+    ("--load broken.pt", "broken.pt"),
+    ("--load run/checkpoint.pt --method cnn", "cnn"),
+    ("--load run/checkpoint.pt --size 64", "--size"),
+    ("--load run/checkpoint.pt --predict nowhere.png", "nowhere.png"),
+    ("--load run/checkpoint.pt --predict . --categories botle", "name one of them"),
+    ("--load run/checkpoint.pt --weights none", "backbone"),
+    ("--compare nowhere", "nowhere"),
+]
+
+
+@pytest.fixture(scope="module")
+def trained(parts, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "run"
+    assert uad.main(f"--method mlp --data {parts} --size 128 --epochs 1 --no-panels --out {out}".split()) == 0
+    return out
+
+
+@pytest.mark.parametrize("line, words", BAD)
+def test_what_a_user_can_cause_ends_in_one_sentence_that_names_it(program, parts, trained, line, words):
+    shutil.copytree(trained, "run")
+    Path("broken.pt").write_text("no checkpoint")
+    given = {"--data", "--load", "--compare"} & set(line.split())
+    code, out, err = program(line if given else f"{line} --data {parts}", False)
+    assert code == 2 and words in out + err
+    assert len(err.strip().splitlines()) <= 2 and "Traceback" not in err
+
+
+def test_a_folder_or_disk_that_cannot_be_written_is_named_and_nothing_is_left(program, monkeypatch):
+    Path("file").touch()
+    assert "file" in program("--method mlp --out file/run")[2]
+
+    def full(content, path):
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(torch, "save", full)
+    code, out, err = program("--method mlp --out run --no-panels")
+    assert code == 2 and "run/unfinished.pt" in err and not list(Path("run").iterdir())
+
+
+@pytest.mark.parametrize("method", uad.METHODS)
+def test_the_help_of_a_method_fits_a_screen_and_shows_its_options_alone(capsys, method):
+    with pytest.raises(SystemExit):
+        uad.main(["-h", "--method", method])
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) <= 45
+    assert all(f"{name}=" in text for name in uad.method_options(uad.METHODS[method]))
+    assert ("heads=" in text) == (method in ("uniad", "transformer"))
+
+
+def test_every_command_of_the_readme_parses_and_it_is_short():
+    text = Path(uad.__file__).with_name("README.md").read_text()
+    commands = [line.split("uad.py", 1)[1] for line in re.findall(r"python uad\.py[^`\n;]*", text)]
+    assert len(commands) >= 6 and len(text.splitlines()) <= 240
+    for command in commands:
+        words = [word for word in command.split() if word not in ("…", "M", "-h")]
+        if "--load" not in words and "M" not in command.split():
+            uad.parse(words)
+
+
+def test_three_files_alone_are_enough_for_the_three_lines(parts, tmp_path):
+    for name in ("data.py", "models.py", "train.py"):
+        shutil.copy(Path(uad.__file__).with_name(name), tmp_path)
+    code = f"""
+import data, models, train
+category = data.find_categories({str(parts)!r})[0]
+method = train.fit(models.MLP(size=128), data.Images(category.train, size=128), epochs=1)
+maps, scores = train.predict(method, data.Images(category.test, size=128))
+assert maps.shape == (9, 128, 128) and scores.shape == (9,) and maps.dtype == scores.dtype == "float32"
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)

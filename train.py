@@ -297,7 +297,6 @@ class Stage:
             p.requires_grad_(True)
         self.machine, self.method, self.recipe, self.parameters = machine, method, recipe, parameters
         self.optimizers, self.seeds = optimizers_for(method, parameters, recipe), seeds
-        self.groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.module = LossModule(method)
         if WORLD > 1:
             self.module = nn.parallel.DistributedDataParallel(self.module)
@@ -315,8 +314,9 @@ class Stage:
         if at == 0 or self.order is None:  # from a generator of its own, so that a resumed run sees the same order
             generator = np.random.default_rng((*self.seeds, epoch, RANK))
             self.order = torch.from_numpy(generator.permutation(len(prepared.indices)))
-        for group in self.groups:
-            group["lr"] = self.recipe.lr * lr_factor(self.recipe.schedule, self.step / self.total)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.lr * lr_factor(self.recipe.schedule, self.step / self.total)
         batch = prepared.batch(self.order[at * self.batch_size : (at + 1) * self.batch_size])
         with self.machine.autocast():
             loss = self.module(batch, stage)

@@ -46,7 +46,7 @@ SETTINGS = {"precision": "auto", "workers": os.cpu_count() or 1, "save_every": 6
 SMALL = {"size": 128, "width": 16, "epochs": 15}
 DEMO = {  # what runs on the synthetic set change, to end in minutes on a CPU
     "mlp": {"epochs": 90},
-    "uniad": {"epochs": 50, "lr": 4e-3, "width": 128, "hidden": 256, "layers": 1},
+    "uniad": {"epochs": 65, "lr": 4e-3, "width": 128, "hidden": 256, "layers": 1},
     "rlr": {"size": 128},
     **dict.fromkeys(("ae", "unet", "ear", "fader"), SMALL),
 }
@@ -260,7 +260,7 @@ def find_data(root, names):
 
 def default_out(args, name):
     folder = Path(args.data or "synthetic").resolve().name
-    return f"runs/{name}-{folder}{'-separate' if args.separate else ''}"
+    return f"runs/{name}-{folder}{'-separate' * args.separate}"
 
 
 def fit_one(method, group, args, plan, machine, label, save, current):
@@ -380,10 +380,8 @@ def read_checkpoint(path):
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         version = content["version"]
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: name a checkpoint.pt that a run has written.") from None
     except Exception as error:
-        raise UserError(f"{path} is not a checkpoint of this program ({type(error).__name__}): train again.") from None
+        raise UserError(f"{path} is no checkpoint.pt that a run has written ({type(error).__name__}).") from None
     if version != VERSION:
         raise UserError(f"{path} is of version {version}, this program reads {VERSION}: train again.")
     return content
@@ -434,16 +432,14 @@ def report(results, out):
     for name, row in [*results["categories"].items(), ("mean", results["mean"])]:
         rows.append([name, *(None if row[m] is None else f"{100 * row[m]:.1f}" for m in metrics.NAMES)])
     table(header, rows)
-    for ratio in results["copy_ratio"]:
-        if ratio is not None:
-            say(f"copy ratio (1 = defects copied, 0 = restored): {ratio:.3f}")
+    for ratio in filter(None, results["copy_ratio"]):
+        say(f"copy ratio (1 = defects copied, 0 = restored): {ratio:.3f}")
     train.write(out / "results.json", json.dumps(results, indent=1))
     for label, curve in results["curve"].items():
         if curve:
             name = "curve.png" if label == "all" else f"curve-{label}.png"
             draw_curve(curve, f"{results['method']}, {label}", out / name)
-    say(f"{results['seconds']:.0f} s in all, {results['test_images_per_s']:.0f} test images/s, {results['device']}; "
-        f"wrote {out}/")  # fmt: skip
+    say(f"{results['seconds']:.0f} s in all, {results['test_images_per_s']:.0f} test images/s; wrote {out}/")
 
 
 def draw_curve(curve, title, path):
@@ -645,7 +641,7 @@ def main(argv=None):
         args, plan, loaded = parse(argv)
         check(args, plan, loaded)
         if WORLD > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if train.pick_device(args.device).type == "cuda" else "gloo")
+            dist.init_process_group()
         if args.compare:
             return compare(args.compare)
         if args.predict is not None:
