@@ -8,11 +8,13 @@ Where a paper trains a network too large for a CPU, its width is an option, and 
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import MLP
 from torchvision.datasets.folder import is_image_file, pil_loader
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -414,36 +416,30 @@ class PatchSVDD(Method):
         "schedule": "constant",
     }
 
-    def __init__(self, *, size=256, width=64, embedding=64, pairs=4, weight=0.01, memory=20000):
+    def __init__(self, *, size=256, width=64, pairs=4, weight=0.01, memory=20000):
         super().__init__(size)
         require(size >= 128, f"size={size} must be at least 128: it compares patches of 64 with their neighbours.")
         at_least(4, width=width)
-        at_least(1, embedding=embedding, pairs=pairs, memory=memory)
+        at_least(1, pairs=pairs, memory=memory)
         at_least(0, weight=weight)
         self.pairs, self.weight, self.memory = pairs, weight, memory
         half, twice = width // 2, 2 * width
         layers, inp, stride = [], 3, 2
-        for out in (half, width, twice, twice, width, half, half, embedding):
+        for out in (half, width, twice, twice, width, half, half, 64):
             layers += [nn.Conv2d(inp, out, 3, stride), nn.LeakyReLU(0.1)]  # 32 pixels -> 1
             inp, stride = out, 1
         self.small = nn.Sequential(*layers[:-1], nn.Tanh())
         for layer in self.small[::2]:  # PyTorch's own, smaller weights fade over eight layers: all patches look alike
             nn.init.kaiming_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
-        self.join_in = nn.Conv2d(embedding, 128, 2)
-        self.join_out = nn.Conv2d(128, embedding, 1)
+        self.join_in = nn.Conv2d(64, 128, 2)
+        self.join_out = nn.Conv2d(128, 64, 1)
+        leaky = partial(nn.LeakyReLU, 0.1)
         self.classifiers = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(embedding, 128),
-                nn.LeakyReLU(0.1),
-                nn.Linear(128, 128),
-                nn.LeakyReLU(0.1),
-                nn.Linear(128, 8),
-            )
-            for _ in self.STRIDES
+            MLP(64, [128, 128, 8], activation_layer=leaky, inplace=None) for _ in self.STRIDES
         )
-        self.register_buffer("bank_32", torch.zeros(0, embedding))
-        self.register_buffer("bank_64", torch.zeros(0, embedding))
+        self.register_buffer("bank_32", torch.zeros(0, 64))
+        self.register_buffer("bank_64", torch.zeros(0, 64))
 
     def join(self, h, dilation):
         """Four embeddings of 32x32, `dilation` cells apart, to one of 64x64."""

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision import models as tv
-from torchvision.ops.misc import Conv2dNormActivation
+from torchvision import ops
 
 
 class MethodError(RuntimeError):
@@ -260,7 +260,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard dev
 LITE_PIXELS = [127 / 255] * 3, [128 / 255] * 3  # what those weights were trained with
 
 
-lite_conv = partial(Conv2dNormActivation, activation_layer=nn.ReLU6, norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
+lite_conv = partial(ops.Conv2dNormActivation, activation_layer=nn.ReLU6, norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
 
 
 class LiteBlock(nn.Module):
@@ -483,10 +483,7 @@ class MLP(FeatureMethod):
 
     def __init__(self, **options):
         super().__init__(**options)
-        hidden = [nn.Linear(self.channels, 256), nn.ReLU()]
-        for _ in range(2):
-            hidden += [nn.Linear(256, 256), nn.ReLU()]
-        self.net = nn.Sequential(*hidden, nn.Linear(256, self.channels))
+        self.net = ops.MLP(self.channels, [256, 256, 256, self.channels])
 
     def reconstruct(self, f):
         return self.net(f)
@@ -552,13 +549,12 @@ def attend(q, k, v, mask, dropout=0.0):
         return F.dropout(scores.softmax(-1), dropout) @ v
 
 
-class FeedForward(nn.Sequential):
-    """Two linear layers with a ReLU, as in every transformer layer here."""
-
-    def __init__(self, width, hidden, dropout):
-        super().__init__(nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, width))
-        for linear in (self[0], self[3]):
-            nn.init.xavier_uniform_(linear.weight)
+def feed_forward(width, hidden, dropout):
+    """Two linear layers with a ReLU; dropout after both."""
+    ffn = ops.MLP(width, [hidden, width], dropout=dropout)
+    for linear in (ffn[0], ffn[3]):
+        nn.init.xavier_uniform_(linear.weight)
+    return ffn
 
 
 class EncoderLayer(nn.Module):
@@ -568,12 +564,12 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.attention = Attention(width, heads, dropout)
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.ffn, self.dropout = FeedForward(width, hidden, dropout), nn.Dropout(dropout)
+        self.ffn, self.dropout = feed_forward(width, hidden, dropout), nn.Dropout(dropout)
 
     def forward(self, x, position, mask=None):
         q = x + position
         x = self.norm1(x + self.dropout(self.attention(q, q, x, mask)))
-        return self.norm2(x + self.dropout(self.ffn(x)))
+        return self.norm2(x + self.ffn(x))
 
 
 class Position(nn.Module):
@@ -618,12 +614,12 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.read_memory, self.read_output = Attention(width, heads, dropout), Attention(width, heads, dropout)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        self.ffn, self.dropout = FeedForward(width, hidden, dropout), nn.Dropout(dropout)
+        self.ffn, self.dropout = feed_forward(width, hidden, dropout), nn.Dropout(dropout)
 
     def forward(self, h, memory, out, position, mask=None):
         h = self.norm1(h + self.dropout(self.read_memory(h + position, memory + position, memory, mask)))
         h = self.norm2(h + self.dropout(self.read_output(h + position, out + position, out, mask)))
-        return self.norm3(h + self.dropout(self.ffn(h)))
+        return self.norm3(h + self.ffn(h))
 
 
 MUON = Recipe(epochs=24, lr=3e-3, optimizer="muon", beta2=0.95, clip=1.0)  # found for UniAD (RESULTS.md)
@@ -887,8 +883,7 @@ class UNet(nn.Module):
                 skip = skips[i] if gates is None or gates[i] is None else gates[i](skips[i])
                 x = torch.cat([x, skip], 1)
             x = self.decoder[i](x)
-        x = self.out(x).float()
-        return x if self.pool else x.clamp(0, 1)
+        return self.out(x).float() if self.pool else self.out(x).float().clamp(0, 1)
 
 
 def gms_error(a, b):
@@ -1291,9 +1286,9 @@ class Decoder(Method):
     def __init__(self, method):
         super().__init__(method.size)
         self.targets = lambda x: tuple(target.float() for target, _ in method.reconstruction(method.prepare(x)))
-        device = next(method.parameters()).device
+        blank = torch.zeros(1, 3, self.size, self.size, device=next(method.parameters()).device)
         with torch.no_grad():
-            shapes = [f.shape for f in self.targets(torch.zeros(1, 3, self.size, self.size, device=device))]
+            shapes = [f.shape for f in self.targets(blank)]
         require(shapes and shapes[0][1] > 3, "A decoder is for methods that reconstruct features.")
         layers, channels = [], sum(shape[1] for shape in shapes)
         for width, part in ((128, 8), (64, 4), (32, 2)):  # up to half of the side: features tell no finer detail
@@ -1301,7 +1296,6 @@ class Decoder(Method):
             layers += [nn.BatchNorm2d(width), nn.ReLU()]
             channels = width
         self.net = nn.Sequential(*layers, nn.Conv2d(channels, 3, 3, padding=1), nn.Sigmoid())
-        self.to(memory_format=torch.channels_last)
 
     def prepare(self, images):
         return (images, *self.targets(images))

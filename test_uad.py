@@ -1024,7 +1024,7 @@ def test_prediction_gives_score_verdict_and_overlay_and_goes_on_after_a_broken_i
     assert program("--load run/checkpoint.pt --predict new/b.png")[0] == 2
 
 
-@pytest.mark.parametrize("method", ["uniad", "rlr", "padim", "fader"])
+@pytest.mark.parametrize("method", ["uniad", "fader"])
 def test_an_exported_file_gives_the_programs_own_numbers(program, parts, method):
     program(f"--method {method} --out run --no-panels")
     code, out, err = program("--load run/checkpoint.pt --export run/net.pt2")
@@ -1042,7 +1042,7 @@ def test_an_exported_file_gives_the_programs_own_numbers(program, parts, method)
 
 def test_panels_and_a_curve_are_drawn_and_runs_compared_over_their_seeds(program):
     for seed in (0, 1):
-        assert program(f"--method mlp --out s{seed} --seed {seed} --eval-every 1 decode=True")[0] == 0
+        assert program(f"--method mlp --out s{seed} --seed {seed} --eval-every 1 decode={not seed}")[0] == 0
     assert {"curve.png", "panels", "results.json", "checkpoint.pt"} == {path.name for path in Path("s0").iterdir()}
     assert len(results("s0")["curve"]["all"]) == 1 and len(list(Path("s0/panels").iterdir())) == 2
     code, out, _ = program("--compare s0 s1 nothing")
@@ -1140,7 +1140,7 @@ def test_every_command_of_the_readme_parses_and_it_is_short():
     commands = [line.split("uad.py", 1)[1] for line in re.findall(r"python uad\.py[^`\n;]*", text)]
     assert len(commands) >= 6 and len(text.splitlines()) <= 240
     for command in commands:
-        words = [word for word in command.split() if word not in ("…", "M", "-h")]
+        words = [word.replace("$s", "0") for word in command.split() if word not in ("…", "M", "-h")]
         if "--load" not in words and "M" not in command.split():
             uad.parse(words)
 

@@ -61,13 +61,13 @@ def pick_device(name):
     """'auto', 'cpu', 'cuda', 'cuda:1' -> torch.device. Raises UserError."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    count = torch.cuda.device_count()
-    if name not in ("cpu", "cuda", *(f"cuda:{i}" for i in range(count))) or name == "cuda" and not count:
-        raise UserError(f"There is no device {name}: choose auto or cpu; this machine shows {count} CUDA devices.")
-    if name != "cpu" and WORLD > 1:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
-    return torch.device(name)
+    try:
+        if WORLD > 1 and name != "cpu":
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(name)
+        return torch.empty(0, device=name).device
+    except (AssertionError, RuntimeError):
+        raise UserError(f"There is no device {name} here: choose auto, cpu, cuda or cuda:N.") from None
 
 
 class Machine:

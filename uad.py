@@ -175,7 +175,7 @@ def parse(argv):
 def check(args, plan, loaded):
     """Flags that do not go together. Raises UserError."""
     for wrong, message in (
-        ((args.predict is not None or args.export is not None) and not loaded, "--predict and --export need --load."),
+        ({args.predict, args.export} != {None} and not loaded, "--predict and --export need --load."),
         (not 0 <= args.seed < 2**63, "--seed must be at least 0 and below 2^63."),
         (args.eval_every < 0, "--eval-every must be at least 0."),
         (not 0 <= args.holdout < 1, "--holdout is a share: at least 0 and below 1."),
@@ -206,7 +206,7 @@ def run(args, plan, loaded):
     if args.resume:
         found = resume_from(unfinished, content)
         content["models"], current = found["models"], found["current"]
-    rows, ratios, tested = {}, [], 0.0
+    rows, ratios = {}, []
     for label, group in {c.name: [c] for c in categories}.items() if args.separate else [("all", categories)]:
         method = plan.build(args.seed).to(machine.device)
         plan.options |= method.settled
@@ -221,18 +221,15 @@ def run(args, plan, loaded):
             current = None
             content["models"].append(entry)
             save(None)  # a test image that cannot be read must not cost the training
-        begun = time.perf_counter()
         rows |= evaluate(method, group, machine)
-        tested += time.perf_counter() - begun
         ratios.append(copy_ratio(method, group, machine))
         if not args.no_panels:
             panels(method, group, rows, entry, plan, machine, out)
 
     results = {
         "method": plan.name, "unified": not args.separate,
-        "config": plan.options | content["recipe"] | plan.settings | about, "categories": rows, "mean": mean_row(rows),
+        "config": plan.options | content["recipe"] | about, "categories": rows, "mean": mean_row(rows),
         "copy_ratio": ratios, "curve": {e["name"]: e["curve"] for e in content["models"]},
-        "test_images_per_s": sum(len(c.test) for c in categories) / tested,
         "seconds": time.perf_counter() - start, "device": str(machine.device)}  # fmt: skip
     results = json.loads(json.dumps(results), parse_constant=lambda nan: None)  # JSON has no NaN
     if RANK == 0:
@@ -411,8 +408,9 @@ def writable(out):
     """Makes the folder and tries it, before any work is done for it. Raises UserError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / f".try{RANK}").touch()
-        (out / f".try{RANK}").unlink()
+        probe = out / f".try{RANK}"
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror}): name another folder.") from None
 
@@ -439,7 +437,7 @@ def report(results, out):
         if curve:
             name = "curve.png" if label == "all" else f"curve-{label}.png"
             draw_curve(curve, f"{results['method']}, {label}", out / name)
-    say(f"{results['seconds']:.0f} s in all, {results['test_images_per_s']:.0f} test images/s; wrote {out}/")
+    say(f"{results['seconds']:.0f} s in all; wrote {out}/")
 
 
 def draw_curve(curve, title, path):
