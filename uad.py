@@ -197,8 +197,6 @@ def run(args, plan, loaded):
     out = Path(args.out or (Path(args.load).parent / "evaluation" if loaded else default_out(args, plan.name)))
     writable(out)
     about = {name: getattr(args, name) for name in ("data", "categories", "separate", "seed", "holdout", "quantile")}
-    say(f"{plan.name}: {'a model for each' if args.separate else 'one model for all'} of {len(categories)} categories, "
-        f"seed {args.seed}, {machine.device}; changed from the defaults: {plan.changed() or 'nothing'}")  # fmt: skip
 
     content = {"version": VERSION, "method": plan.name, "options": plan.options, "run": about,
                "recipe": dataclasses.asdict(plan.recipe), "models": loaded["models"] if loaded else []}  # fmt: skip
@@ -210,6 +208,8 @@ def run(args, plan, loaded):
     for label, group in {c.name: [c] for c in categories}.items() if args.separate else [("all", categories)]:
         method = plan.build(args.seed).to(machine.device)
         plan.options |= method.settled
+        say(f"{plan.name}, {label}: {', '.join(c.name for c in group)}; seed {args.seed}, {machine.device}; "
+            f"changed from the defaults: {plan.changed() or 'nothing'}")  # fmt: skip
         entry = next((e for e in content["models"] if e["name"] == label), None)
         if entry:
             reload(method, entry)
