@@ -1,8 +1,8 @@
 """Pictures of results: anomaly overlays, panels of tiles and a line chart.
 
 NumPy and Pillow alone, with Pillow's built-in font, so a picture looks the same on every system. Arrays in; a PIL image
-out, or a PNG that appears whole or not at all. No picture scales itself to its content behind the reader's back: the
-colours of an anomaly map span the `low` and `high` given by the caller.
+out, or a PNG that appears whole or not at all. The colours of an anomaly map span the
+`low` and `high` that the caller gives, so that two pictures can be compared.
 """
 
 import os

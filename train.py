@@ -3,7 +3,7 @@
     method = fit(models.UniAD(), images)
     maps, scores = predict(method, more_images)         # (N,S,S) and (N,), float32 arrays
 
-This is the one optimisation loop of the project: calibrate -> prepare once an image, cached -> loss, step, loss, step …
+This is the one training loop of the project: calibrate -> prepare once an image, cached -> loss, step, loss, step …
 through every stage -> fit_statistics. Images are anything with a length and items (S,S,3) uint8, or a float tensor
 (N,3,S,S) in [0,1]. Needs torch and NumPy alone. Copy this file and models.py into your project, and both work there.
 """
