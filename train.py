@@ -35,8 +35,8 @@ class UserError(Exception):
 # Where it runs, and what it says
 
 
-def say(*words):
-    """print, in the first process alone."""
+def print0(*words):
+    """print, in the process of rank 0 alone."""
     if RANK == 0:
         print(*words, flush=True)
 
@@ -142,7 +142,7 @@ class Prepared:
         on_gpu = device.type == "cuda" and total < 0.5 * torch.cuda.mem_get_info(device)[0]
         ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if not on_gpu and total > 0.5 * ram:
-            say(f"note: {total / 2**30:.1f} GiB of prepared images do not fit: they are prepared anew in every epoch")
+            print0(f"note: {total / 2**30:.1f} GiB of prepared images do not fit: each epoch prepares them anew")
             return False
         where = device if on_gpu else "cpu"
         self.tensors = [torch.empty((count, *part.shape[1:]), dtype=torch.half, device=where) for part in parts]

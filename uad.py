@@ -39,7 +39,7 @@ import metrics
 import models
 import synthetic
 import train
-from train import RANK, WORLD, UserError, say
+from train import RANK, WORLD, UserError, print0
 
 METHODS = models.METHODS | baselines.METHODS
 SETTINGS = {"precision": "auto", "workers": os.cpu_count() or 1, "save_every": 60.0, "decode": False}  # the program's
@@ -208,7 +208,7 @@ def run(args, plan, loaded):
     for label, group in {c.name: [c] for c in categories}.items() if args.separate else [("all", categories)]:
         method = plan.build(args.seed).to(machine.device)
         plan.options |= method.settled
-        say(f"{plan.name}, {label}: {', '.join(c.name for c in group)}; seed {args.seed}, {machine.device}; "
+        print0(f"{plan.name}, {label}: {', '.join(c.name for c in group)}; seed {args.seed}, {machine.device}; "
             f"changed from the defaults: {plan.changed() or 'nothing'}")  # fmt: skip
         entry = next((e for e in content["models"] if e["name"] == label), None)
         if entry:
@@ -251,7 +251,7 @@ def find_data(root, names):
     categories = data.find_categories(root, names)
     for category in categories:
         for note in category.notes:
-            say(f"note: {note}")
+            print0(f"note: {note}")
     return root, categories
 
 
@@ -273,7 +273,7 @@ def fit_one(method, group, args, plan, machine, label, save, current):
         rows = evaluate(method, group, machine)
         record = {"step": step, "stage": stage, "loss": loss, "copy_ratio": copy_ratio(method, group, machine)}
         record |= {name: mean_row(rows)[name] for name in ("image_auroc", "pixel_auroc")}
-        say(f"  {record}")
+        print0(f"  {record}")
         curve.append(record)
 
     train.fit(method, images, machine=machine, seed=args.seed, label=label, eval_every=args.eval_every, observe=observe,
@@ -421,7 +421,7 @@ def table(header, rows):
     widths = [max(map(len, column)) for column in zip(*lines)]
     lines.insert(1, ["-" * width for width in widths])
     for line in lines:
-        say("|", " | ".join(map(str.ljust, line, widths)), "|")
+        print0("|", " | ".join(map(str.ljust, line, widths)), "|")
 
 
 def report(results, out):
@@ -431,13 +431,13 @@ def report(results, out):
         rows.append([name, *(None if row[m] is None else f"{100 * row[m]:.1f}" for m in metrics.NAMES)])
     table(header, rows)
     for ratio in filter(None, results["copy_ratio"]):
-        say(f"copy ratio (1 = defects copied, 0 = restored): {ratio:.3f}")
+        print0(f"copy ratio (1 = defects copied, 0 = restored): {ratio:.3f}")
     train.write(out / "results.json", json.dumps(results, indent=1))
     for label, curve in results["curve"].items():
         if curve:
             name = "curve.png" if label == "all" else f"curve-{label}.png"
             draw_curve(curve, f"{results['method']}, {label}", out / name)
-    say(f"{results['seconds']:.0f} s in all; wrote {out}/")
+    print0(f"{results['seconds']:.0f} s in all; wrote {out}/")
 
 
 def draw_curve(curve, title, path):
@@ -519,9 +519,9 @@ def predict(args, plan, loaded):
     out = Path(args.out or Path(args.load).parent / "predictions")
     writable(out)
     if len(entry["of"]) > 1 and len(args.categories or []) != 1:
-        say(f"note: one threshold for {', '.join(entry['of'])} together; name one with --categories for its own")
+        print0(f"note: one threshold for {', '.join(entry['of'])} together; name one with --categories for its own")
     if not entry["held_out"]:
-        say("note: the threshold was set on training images, which score lower than new ones; train with --holdout 0.1")
+        print0("note: the threshold is of training images, which score lower than new ones; train with --holdout 0.1")
     skipped = 0
     with open(out / "predictions.csv", "w", newline="") as file:
         lines = csv.writer(file)
@@ -540,8 +540,8 @@ def predict(args, plan, loaded):
             figures.save(Image.fromarray(figures.overlay(image, anomaly, entry["low"], entry["high"])), overlay)
             lines.writerow([path, f"{score:.6g}", f"{entry['threshold']:.6g}", verdict, overlay])
             file.flush()
-            say(f"{path}  score {score:.4g} (threshold {entry['threshold']:.4g})  {verdict}  {overlay}")
-    say(f"{len(paths) - skipped} images, {skipped} skipped; wrote {out / 'predictions.csv'}")
+            print0(f"{path}  score {score:.4g} (threshold {entry['threshold']:.4g})  {verdict}  {overlay}")
+    print0(f"{len(paths) - skipped} images, {skipped} skipped; wrote {out / 'predictions.csv'}")
     return 2 if skipped == len(paths) else 0
 
 
@@ -570,7 +570,7 @@ def export(args, plan, loaded):
         maps, _ = program.module()(images)
     Path(args.export).parent.mkdir(parents=True, exist_ok=True)
     torch.export.save(program, args.export)
-    say(f"wrote {args.export}: input (1,3,{method.size},{method.size}) in [0,1]; "
+    print0(f"wrote {args.export}: input (1,3,{method.size},{method.size}) in [0,1]; "
         f"largest difference of the maps {(maps - expected).abs().max().item():.1e}")  # fmt: skip
     return 0
 
@@ -590,7 +590,7 @@ def compare(folders):
             key = json.dumps([found["method"], found["config"] | {"seed": None}])
             groups.setdefault(key, []).append(found | {"run": folder.name})
         except (OSError, ValueError, KeyError, TypeError):
-            say(f"note: {folder} holds no results.json of this program and is left out")
+            print0(f"note: {folder} holds no results.json of this program and is left out")
     if not groups:
         raise UserError("--compare: none of these folders holds a results.json: name folders that a run has written.")
     names, rows = sorted({name for group in groups.values() for found in group for name in found["categories"]}), []
@@ -626,9 +626,9 @@ def demo(argv):
         results = run(args, plan, None)
         values = [*results["copy_ratio"], *map(results["mean"].get, ("image_auroc", "pixel_auroc", "aupro"))]
         rows.append([name, *(f"{value:.3f}" for value in values)])
-    say()
+    print0()
     table(["method", "copy ratio", "image AUROC", "pixel AUROC", "AUPRO"], rows)
-    say("copy ratio: 1 = the defect is copied whole, 0 = it is restored to normal; see runs/*/panels")
+    print0("copy ratio: 1 = the defect is copied whole, 0 = it is restored to normal; see runs/*/panels")
     return 0
 
 
