@@ -19,11 +19,19 @@ import uad
 
 
 def first():
-    """One defect of each category: the part, both restorations decoded to pictures, both maps, the truth."""
+    """Of each category the defect on which the two differ most: the part, both restorations and maps, the truth."""
     _, categories = uad.find_data(None, None)
     normal = data.Images([item for category in categories for item in category.train], 224)
-    kinds = zip(categories, ("scratch", "stain", "hole"))
-    chosen = [next(item for item in category.test if item.defect == kind) for category, kind in kinds]
+    above = {}  # how far each score is above its threshold
+    for name in ("mlp", "uniad"):
+        rows = json.loads(Path(f"runs/{name}-synthetic/results.json").read_text())["categories"]
+        (entry,) = uad.read_checkpoint(f"runs/{name}-synthetic/checkpoint.pt")["models"]
+        for category in categories:
+            threshold = entry["of"][category.name]["threshold"]
+            for item, score in zip(category.test, rows[category.name]["scores"]):
+                above[name, item] = score / threshold
+    gain = lambda item: above["uniad", item] - above["mlp", item]
+    chosen = [max((item for item in category.test if item.label), key=gain) for category in categories]
     images = data.Images(chosen, 224)
     rows = [{"name": f"{item.category}: {item.defect}", "verdict": "", "images": {"defective part": images[i]}}
             for i, item in enumerate(chosen)]  # fmt: skip
@@ -43,7 +51,8 @@ def first():
             row["images"][f"its map, {name}"] = figures.overlay(images[i], maps[i], ranges["low"], ranges["high"])
     for row, item in zip(rows, chosen):
         row["images"]["truth"] = data.read_mask(item, 224)
-    figures.save(figures.panel(rows, 0, 1, "", "Scores are UniAD's."), "pictures/first.png")
+    picture = figures.panel(rows, 0, 1, "The defects on which they differ most", "Scores are UniAD's.")
+    figures.save(picture, "pictures/first.png")
 
 
 def curve(copier, remedy):
