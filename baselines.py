@@ -662,7 +662,7 @@ class DRAEM(Method):
     @staticmethod
     def find_textures(folder):
         """The images in a folder and its subfolders, sorted. Raises MethodError where there are none."""
-        files = sorted(file for file in Path(folder).rglob("*") if is_image_file(file.name))
+        files = sorted(p for p in Path(folder).rglob("*") if is_image_file(p.name) and p.is_file())
         require(files, f"textures={folder} holds no image: name a folder of PNG or JPEG.")
         return files
 

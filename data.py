@@ -5,10 +5,14 @@ of images that are read when they are asked for. Needs numpy and Pillow only.
 """
 
 import csv
+import errno
+import hashlib
 import math
+import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
+from mimetypes import guess_type
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +72,8 @@ def find_categories(root, names=None) -> list[Category]:
         own = (root / "train" / "good").is_dir()
         folders = {root.resolve().name: root} if own else {folder.name: folder for folder in _folders(root)}
         # Other folders may lie beside the categories (docs, archives); they matter only when somebody asks for them.
-        known = {name: f for name, f in folders.items() if (f / "train" / "good").is_dir() or name in (names or ())}
+        # os.path.isdir: False, and no error, for a folder that must not be looked into, such as lost+found.
+        known = {n: f for n, f in folders.items() if os.path.isdir(f / "train" / "good") or n in (names or ())}
         read = _read_mvtec
     if not known and not names:
         raise DataError(f"{root} holds no category; expected CATEGORY/train/good/*.png (MVTec AD) or "
@@ -79,10 +84,10 @@ def find_categories(root, names=None) -> list[Category]:
     return [_category(name, *read(name, known[name])) for name in sorted(set(names or known))]
 
 
-def _category(name, train, test):
+def _category(name, train, test, notes=()):
     defective = [item for item in test if item.label]
     missing = [item for item in defective if not item.masks]
-    notes = []
+    notes = [*notes]
     if not defective:
         notes.append(f"{name}: the test set has no defective image, so its metrics are undefined")
     elif len(defective) == len(test):
@@ -110,11 +115,11 @@ def _images(folder):
 
 
 def _read_mvtec(name, folder):
-    """(train items, test items) of one MVTec AD category folder."""
+    """(train items, test items, notes) of one MVTec AD category folder."""
     train = [Item(path, name, "good") for path in _images(folder / "train" / "good")]
     if not train:
         raise DataError(f"{folder / 'train' / 'good'} is missing or holds no image; put normal training images there")
-    test = []
+    test, notes = [], []
     for kind in _folders(folder / "test") if (folder / "test").is_dir() else ():
         images = _images(kind)
         masks = {} if kind.name == "good" else _pair_masks(images, _images(folder / "ground_truth" / kind.name))
@@ -123,7 +128,11 @@ def _read_mvtec(name, folder):
             test.append(Item(path, name, kind.name, masks.get(path.stem, ()), twin if twin.is_file() else None))
     if not test:
         raise DataError(f"{folder / 'test'} holds no image; put the test images into test/good and test/DEFECT")
-    return train, test
+    for place in (folder / "train" / "good", *_folders(folder / "test")):
+        kinds = {path.suffix for path in place.iterdir() if (guess_type(path.name)[0] or "").startswith("image/")}
+        if others := sorted(kind for kind in kinds if kind.lower() not in EXTENSIONS):
+            notes.append(f"{place} holds images that are not read ({', '.join(others)}): convert them to PNG")
+    return train, test, notes
 
 
 def _pair_masks(images, masks):
@@ -154,6 +163,9 @@ def _visa_rows(root):
         raise DataError(f"{table} lacks the column {error}; download it again") from error
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{table} cannot be read as CSV ({error}); download it again") from error
+    for name in categories:
+        if not re.fullmatch(r"[\w-][\w .-]*", name):  # it becomes the name of files
+            raise DataError(f"{table} has a category {name!r}, which is no name of a folder; download it again")
     return categories
 
 
@@ -173,6 +185,12 @@ def _read_visa(root, category, rows):
     if not train or not test:
         raise DataError(f"{table} lists no {'test' if train else 'train'} image of {category}; download it again")
     return train, test
+
+
+def fingerprint(categories) -> str:
+    """Of the training images' names, sizes and times: whether a run that goes on still has the same ones."""
+    paths = [item.path for category in categories for item in category.train]
+    return hashlib.sha256(repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -234,6 +252,8 @@ class Images:
 def _opened(path):
     """Open an image (header only); whatever goes wrong with it inside the block becomes a DataError."""
     try:
+        if os.path.exists(path) and not os.path.isfile(path):  # to read from a FIFO would wait for ever
+            raise ValueError("not a regular file")
         # An open file: Pillow maps a path into memory, and then scrambles TIFFs that have an orientation. Only these
         # formats: some of its other readers start external programs, whatever the file is called.
         with open(path, "rb") as file, Image.open(file, formats=("PNG", "JPEG", "BMP", "TIFF")) as image:
@@ -241,11 +261,13 @@ def _opened(path):
             if image.width * image.height > (Image.MAX_IMAGE_PIXELS or math.inf):
                 raise ValueError(f"{image.width}x{image.height} pixels are above the limit of {Image.MAX_IMAGE_PIXELS}")
             yield image
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # a broken file makes Pillow raise nearly anything: OSError, SyntaxError, struct.error
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else error
-        raise DataError(f"{path} cannot be read ({reason}); replace or remove it") from error
+        system = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
+        way = "allow it or raise the system's limit" if system else "replace or remove it"
+        raise DataError(f"{path} cannot be read ({reason}); {way}") from error
 
 
 def _to_rgb(image):

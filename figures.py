@@ -1,8 +1,8 @@
-"""Pictures of results: anomaly overlays, panels of tiles and a line chart.
+"""Pictures of results: anomaly overlays, panels of tiles, a line chart, a table.
 
 NumPy and Pillow alone, with Pillow's built-in font, so a picture looks the same on every system. Arrays in; a PIL image
-out, or a PNG that appears whole or not at all. The colours of an anomaly map span the
-`low` and `high` that the caller gives, so that two pictures can be compared.
+out, or a PNG that appears whole or not at all. The colours of an anomaly map span the `low` and `high` that the caller
+gives, so that two pictures can be compared.
 """
 
 import os
@@ -124,6 +124,14 @@ def _tile(picture, scale):
     return ImageOps.pad(Image.fromarray(picture).convert("RGB"), (TILE, TILE), color=PALE)
 
 
+def table(header, rows):
+    """Rows of cells -> aligned text that is a Markdown table too; None is "-"."""
+    lines = [["-" if cell is None else str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
+
+
 def _axis(values, first, last, log=False):
     """Lay the range of some values out over pixels first..last -> (function: value -> pixel, round numbers within)."""
     values = [value for value in values if np.isfinite(value)] or [0.1, 1]
@@ -190,6 +198,16 @@ def curve(series, path, title="", right=(0, 1)):
         draw.line((LEFT, height, LEFT + 56, height), shade, 5)
         _write(draw, LEFT + 70, height, label, 22, anchor="lm")
     save(sheet.reduce(2), path)
+
+
+def training_curve(records, title, path):
+    """Line chart of a run's records, dicts of step, stage, loss and metrics; None, an unknown copy ratio, is a gap."""
+    columns = {key: np.array([record[key] for record in records], float) for key in records[0] if key != "stage"}
+    steps, series = columns.pop("step"), []
+    for key, y in columns.items():
+        how = {"axis": "left", "log": True} if key == "loss" else {"axis": "right", "label_ends": True}
+        series.append({"name": key.replace("_", " "), "x": steps, "y": y} | how)
+    curve(series, path, title)
 
 
 def _cleaned(s, log):

@@ -15,10 +15,12 @@ def split(scores, labels):
 
     Raises ValueError when the shapes differ or a score is not finite.
     """
-    scores, labels = np.asarray(scores).ravel(), np.asarray(labels).ravel().astype(bool)
+    scores, labels = np.asarray(scores).ravel(), np.asarray(labels).ravel().astype(bool, copy=False)
     if scores.shape != labels.shape:
         raise ValueError(f"{scores.size} scores for {labels.size} labels")
-    classes = np.sort(scores[~labels]), np.sort(scores[labels])
+    classes = scores[~labels], scores[labels]
+    for values in classes:
+        values.sort()  # in place: the pixels of a test set are many
     if not all(np.isfinite(c[[0, -1]]).all() for c in classes if len(c)):  # NaN and infinity are sorted to the ends
         raise ValueError("a score is not finite")
     return classes
@@ -34,21 +36,24 @@ def auroc(normal, defective):
 
 
 def ap_f1max(normal, defective):
-    """-> (average precision, best F1) over all distinct thresholds, from the two sorted arrays; NaN without defects.
+    """-> (average precision, best F1) over all distinct thresholds, from the two sorted arrays; NaN where one is empty.
 
     AP = sum_k (R_k - R_(k-1)) P_k, no interpolation. Only thresholds that equal a defective score matter: at any other
     one recall stays and precision falls.
     """
-    if not len(defective):
+    if not len(normal) or not len(defective):  # without a normal score every ranking would be perfect
         return float("nan"), float("nan")
-    first = np.flatnonzero(np.diff(defective, prepend=-np.inf))  # where each distinct score begins
-    thresholds = defective[first]
-    true = len(defective) - first  # defective scores >= threshold
-    false = len(normal) - np.searchsorted(normal, thresholds, "left")
-    precision = true / (true + false)
-    gained = -np.diff(true, append=0)  # defective scores == threshold: the step in recall
-    f1 = 2 * true / (true + false + len(defective))
-    return float((gained * precision).sum() / len(defective)), float(f1.max())
+    total, ap, f1max = len(defective), 0.0, 0.0
+    begin = np.flatnonzero(np.diff(defective, prepend=-np.inf, append=np.inf))  # where each distinct score begins
+    for i in range(0, len(begin) - 1, 2**16):  # some thresholds at a time, for the sake of memory
+        some = begin[i : i + 2**16 + 1]
+        first = some[:-1]
+        gained = np.diff(some)  # defective scores == threshold: the step in recall
+        true = total - first  # defective scores >= threshold
+        false = len(normal) - np.searchsorted(normal, defective[first], "left")
+        ap += (gained * true / (true + false)).sum() / total
+        f1max = max(f1max, (2 * true / (true + false + total)).max())
+    return float(ap), float(f1max)
 
 
 def regions(mask):
@@ -96,16 +101,18 @@ def aupro(maps, masks, normal=None, limit=0.3):
     normal = split(maps, masks)[0] if normal is None else normal
     if not len(normal) or not masks.any():
         return float("nan")
-    labels, count = regions(masks)
-    scores = np.asarray(maps)[masks]
-    order = np.argsort(scores)  # ascending queries make the two searches several times faster
-    labels, scores = labels[order], scores[order]
-    f0 = 1 - np.searchsorted(normal, scores, "right") / len(normal)
-    f1 = 1 - np.searchsorted(normal, scores, "left") / len(normal)
-    tied = np.maximum(f1 - f0, 1e-30)
-    area = np.where(f1 <= limit, limit - (f0 + f1) / 2, np.maximum(limit - f0, 0) ** 2 / (2 * tied))
-    weight = 1 / np.bincount(labels, minlength=count)[labels] / count
-    return float((area * weight).sum() / limit)
+    total = count = 0
+    for i in range(0, len(masks), 64):  # some images at a time, for the sake of memory
+        labels, more = regions(masks[i : i + 64])
+        scores = np.asarray(maps[i : i + 64])[masks[i : i + 64]]
+        order = np.argsort(scores)  # ascending queries make the two searches several times faster
+        labels, scores = labels[order], scores[order]
+        f0 = 1 - np.searchsorted(normal, scores, "right") / len(normal)
+        f1 = 1 - np.searchsorted(normal, scores, "left") / len(normal)
+        tied = np.maximum(f1 - f0, 1e-30)
+        area = np.where(f1 <= limit, limit - (f0 + f1) / 2, np.maximum(limit - f0, 0) ** 2 / (2 * tied))
+        total, count = total + (area / np.bincount(labels)[labels]).sum(), count + more
+    return float(total / count / limit)
 
 
 def evaluate(scores, labels, maps=None, masks=None):
@@ -116,11 +123,37 @@ def evaluate(scores, labels, maps=None, masks=None):
     """
     normal, defective = split(scores, labels)
     values = [auroc(normal, defective), *ap_f1max(normal, defective)]
-    if len(normal) == 0:
-        values[1:] = [float("nan")] * 2  # without a normal image every ranking is perfect: say nothing
     if maps is None or not np.any(masks):
         values += [float("nan")] * 4
     else:
         normal, defective = split(maps, masks)
         values += [auroc(normal, defective), *ap_f1max(normal, defective), aupro(maps, masks, normal)]
     return dict(zip(NAMES, values))
+
+
+def per_kind(scores, defects, maps, masks, known):
+    """{kind: its image and pixel AUROC against all normal images, as a dict}.
+
+    defects: (N,) names of kinds, "good" being the normal one; known: (N,) bool, images whose pixels count; the rest as
+    in `evaluate`, with maps and masks of all images.
+    """
+    good, rows = defects == "good", {}
+    pixels = maps[good].ravel()
+    pixels.sort()
+    for kind in np.unique(defects[~good]).tolist():
+        here = (known & (defects == kind))[:, None, None]
+        normal, defective = maps[masks < here], maps[masks & here]  # an image with a defect has normal pixels too
+        normal.sort()
+        parts = [(len(part), auroc(part, defective)) for part in (pixels, normal) if len(part)]
+        total = sum(count for count, _ in parts) or np.nan
+        rows[kind] = {
+            "image_auroc": auroc(np.sort(scores[good]), scores[defects == kind]),
+            "pixel_auroc": float(sum(count * value for count, value in parts) / total),
+        }
+    return rows
+
+
+def mean(rows):
+    """Plain mean over categories, {name: dict by NAMES}, of those where a metric is defined."""
+    columns = {name: [row[name] for row in rows.values() if np.isfinite(row[name])] for name in NAMES}
+    return {name: float(np.mean(values)) if values else float("nan") for name, values in columns.items()}

@@ -387,6 +387,8 @@ def download(url, instead):
 def load_weights(path):
     """A local state dict, tensors only. Raises MethodError when the file is missing or is not one."""
     try:
+        if not Path(path).is_file():  # to read from a FIFO would wait for ever
+            raise FileNotFoundError
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise TypeError

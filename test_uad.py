@@ -4,11 +4,13 @@ A test's name is the sentence it checks. Whatever needs numbers to compare with 
 """
 
 import csv
+import errno
 import functools
 import io
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -97,6 +99,7 @@ def test_masks_are_paired_by_name_each_with_the_longest_that_fits(tmp_path, imag
         ("test/dent/0.png ground_truth/dent/0.png", "", "1 of 2 defective images have no mask (cut/0.png)"),
         ("", "test/cut/0.png", "no defective image"),
         ("ground_truth/cut/0.png", "test/good/0.png", "no good image"),
+        ("ground_truth/cut/0.png test/dent/0.webp", "", "test/dent holds images that are not read (.webp)"),
     ],
 )
 def test_what_a_category_lacks_is_noted(tmp_path, more, lost, note):
@@ -156,6 +159,7 @@ def test_visa_is_read_from_its_table(tmp_path):
         ("nut/m/0.png", "nut/m/7.png", "nut/m/7.png"),
         ("nut,train,normal", "nut,train,anomaly", "line 2"),
         ("nut,train,normal", "nut,test,normal", "no train image of nut"),
+        ("nut,train,normal", "../nut,train,normal", "'../nut'"),
     ],
 )
 def test_a_broken_visa_table_is_refused_with_the_place(tmp_path, old, new, words):
@@ -1084,6 +1088,17 @@ BAD = [  # command line, words of the sentence
     ("--method mlp --resume", "--resume"),
     ("--method mlp --predict a.png", "--load"),
     ("--method mlp --nonsense", "--nonsense"),
+    ("--method mlp save_every=nan", "save_every=nan"),
+    ("--method uniad width=100000000000000000000", "width="),
+    ("--method mlp --weights fifo", "fifo"),
+    ("--method mlp --out {parts}/run", "lies in the data's folder"),
+    ("--method mlp --out a\0b", "NUL"),
+    ("--load fifo", "fifo"),
+    ("--load run/checkpoint.pt --predict fifo", "fifo"),
+    ("--load run/checkpoint.pt --separate", "--separate"),
+    ("--load run/checkpoint.pt --export=", "--export"),
+    ("--load run/checkpoint.pt --export run/checkpoint.pt", "--export"),
+    ("--load run/checkpoint.pt --export a.pt2 --predict a.png", "one at a time"),
     ("--load nowhere.pt", "nowhere.pt"),
     ("--load broken.pt", "broken.pt"),
     ("--load run/checkpoint.pt --method cnn", "cnn"),
@@ -1106,10 +1121,108 @@ def trained(parts, tmp_path_factory):
 def test_what_a_user_can_cause_ends_in_one_sentence_that_names_it(program, parts, trained, line, words):
     shutil.copytree(trained, "run")
     Path("broken.pt").write_text("no checkpoint")
+    os.mkfifo("fifo")
+    line = line.format(parts=parts)
     given = {"--data", "--load", "--compare"} & set(line.split())
     code, out, err = program(line if given else f"{line} --data {parts}", False)
     assert code == 2 and words in out + err
     assert len(err.strip().splitlines()) <= 2 and "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda c: c["models"][0]["state"]["rarity.mean"].fill_(torch.nan), "rarity.mean"),
+        (lambda c: c["models"][0].update(threshold=math.nan), "checkpoint.pt"),
+        (lambda c: c["models"][0].pop("of"), "checkpoint.pt"),
+        (lambda c: c.update(models=3), "checkpoint.pt"),
+        (lambda c: c.update(method="magic"), "checkpoint.pt"),
+        (lambda c: c["options"].update(size="large"), "size=large"),
+        (lambda c: c["options"].update(resize="magic"), "resize=magic"),
+        (lambda c: c["options"].update(depth=3), "depth"),
+        (lambda c: c["recipe"].update(lr=None), "lr=None"),
+    ],
+)
+def test_a_checkpoint_that_was_edited_or_holds_nan_is_refused(program, parts, trained, spoil, words):
+    shutil.copytree(trained, "run")
+    content = torch.load("run/checkpoint.pt")
+    spoil(content)
+    torch.save(content, "run/checkpoint.pt")
+    image = next(parts.rglob("test/good/*.png"))
+    code, _, err = program(f"--load run/checkpoint.pt --predict {image}")
+    assert code == 2 and words in err and len(err.strip().splitlines()) == 1
+
+
+def test_an_interrupted_run_goes_on_with_the_same_images_and_within_its_steps_only(program, parts, monkeypatch):
+    shutil.copytree(parts, "own")
+    line, write = "--method mlp --data own --size 128 --epochs 2 --out run save_every=0", train.write
+
+    def killed(path, content):
+        write(path, content)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "write", killed)
+        assert program(line, False)[0] == 130
+    content = torch.load("run/unfinished.pt")
+    for key, value in (("step", 99), ("stage", 1)):
+        torch.save(content | {"current": content["current"] | {key: value}}, "run/unfinished.pt")
+        assert f"{key} {value}" in program(f"{line} --resume", False)[2]
+    torch.save(content, "run/unfinished.pt")
+    shutil.copy(next(Path("own").rglob("train/good/*.png")), next(Path("own").rglob("train/good")) / "new.png")
+    code, _, err = program(f"{line} --resume", False)
+    assert code == 2 and "training images" in err
+
+
+def test_an_empty_mask_is_none_and_what_an_earlier_run_left_is_cleared(program, parts):
+    shutil.copytree(parts, "own")
+    mask = sorted(Path("own").rglob("ground_truth/*/*.png"))[0]
+    Image.new("L", Image.open(mask).size).save(mask)
+    Path("run/panels").mkdir(parents=True)
+    for name in ("run/panels/old.png", "run/curve.png", "run/checkpoint.pt.part"):
+        save(Path(name), format="PNG")
+    code, out, _ = program("--method mlp --data own --size 128 --epochs 1 --out run --no-panels", False)
+    assert code == 0 and mask.stem.removesuffix("_mask") in out and "empty" in out
+    assert {path.name for path in Path("run").rglob("*")} == {"panels", "checkpoint.pt", "results.json"}
+
+
+def test_names_that_are_not_utf8_and_fifos_do_not_stop_a_prediction(trained, parts, tmp_path):
+    folder = os.fsencode(tmp_path / "new")
+    os.makedirs(folder)
+    image = next(parts.rglob("test/good/*.png"))
+    for name in (b"\xff.png", b"z.png", b"z.png.overlay.png"):
+        shutil.copy(image, os.path.join(folder, name))
+    os.mkfifo(tmp_path / "new/a.png")
+    command = [sys.executable, uad.__file__, "--load", trained / "checkpoint.pt", "--predict", "new", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and b"2 images, 0 skipped" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "limit"),
+        (PermissionError(errno.EACCES, "Permission denied"), "allow"),
+        (MemoryError(), "memory is full"),
+    ],
+)
+def test_the_sentence_names_the_true_cause(program, monkeypatch, error, words):
+    monkeypatch.setattr(Image, "open", lambda *a, **k: (_ for _ in ()).throw(error))
+    code, _, err = program("--method mlp")
+    assert code == 2 and words in err and "replace" not in err
+
+
+def test_a_launcher_that_is_not_torchrun_and_results_of_others_are_told(program, monkeypatch):
+    monkeypatch.setenv("RANK", "abc")
+    code, _, err = program("--method mlp")
+    assert code == 2 and "RANK" in err
+    monkeypatch.delenv("RANK")
+    odd = '{"method": "mlp", "config": {}, "categories": {"a": 3}, "mean": {}}'
+    for i, text in enumerate(('{"method": 1}', "{", odd)):
+        Path(f"r{i}").mkdir()
+        Path(f"r{i}/results.json").write_text(text)
+    code, out, _ = program("--compare r0 r1 r2")
+    assert code == 2 and all(f"r{i} holds no results.json" in out for i in range(3))
 
 
 def test_a_folder_or_disk_that_cannot_be_written_is_named_and_nothing_is_left(program, monkeypatch):

@@ -24,7 +24,9 @@ import torch
 from torch import nn
 
 CHUNK = 16  # images prepared or scored at a time
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+BY_TORCHRUN = all(os.environ.get(name, "").isdecimal() for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+RAM = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
+RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if BY_TORCHRUN else (0, 1)
 
 
 class UserError(Exception):
@@ -140,8 +142,7 @@ class Prepared:
         device, count = self.source[0].device, len(self.indices)
         total = sum(part[0].numel() * 2 * count for part in parts)
         on_gpu = device.type == "cuda" and total < 0.5 * torch.cuda.mem_get_info(device)[0]
-        ram = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        if not on_gpu and total > 0.5 * ram:
+        if not on_gpu and total > 0.5 * RAM:
             print0(f"note: {total / 2**30:.1f} GiB of prepared images do not fit: each epoch prepares them anew")
             return False
         where = device if on_gpu else "cpu"
@@ -244,6 +245,8 @@ def fit(
     recipe, machine = replace(method.recipe, **changes), machine or Machine()
     if not len(images):
         raise UserError("There are no images to train on.")
+    if not save_every >= 0:  # also NaN
+        raise UserError(f"save_every={save_every} must be a number of seconds of at least 0.")
     method.to(machine.device)
     sample = sorted(np.random.default_rng(0).permutation(len(images))[:256].tolist())  # the same for every seed
     with torch.no_grad(), machine.autocast():
@@ -261,6 +264,8 @@ def fit(
         if WORLD == 1 and prepared.tensors:
             chunks = torch.arange(len(images)).split(CHUNK)
             everything = lambda: map(prepared.batch, chunks)
+    if resume and resume["stage"] not in range(len(stages)):
+        raise UserError(f"The saved state is of stage {resume['stage']}, and there are {len(stages)}: start again.")
     for number, (stage, parameters) in enumerate(stages):
         if resume and number < resume["stage"]:
             continue
@@ -341,9 +346,14 @@ class Stage:
                 "state": trained_state(self.method)}  # fmt: skip
 
     def load_state_dict(self, state):
+        if state["step"] not in range(self.total):
+            raise UserError(f"The saved state is of step {state['step']} of {self.total}: start again.")
         restore(self.method, state["state"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        try:
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        except (KeyError, TypeError, ValueError):
+            raise UserError("The saved state is of other optimizers: start again.") from None
         self.step, self.mean = state["step"], torch.tensor(state["loss"], device=self.machine.device)
         cpu, *cuda = state["random"]  # none of a GPU where the run began on a CPU
         torch.set_rng_state(cpu)
@@ -369,13 +379,18 @@ def predict(method, images, *, machine=None, indices=None):
 
     Raises UserError for images of another shape, models.MethodError for a method that was never fitted.
     """
-    machine, side = machine or Machine(), method.size
-    maps, scores = [np.zeros((0, side, side), np.float32)], [np.zeros(0, np.float32)]
+    machine, side, done = machine or Machine(), method.size, 0
+    count = len(images if indices is None else indices)
+    if count * side**2 * 4 > 0.5 * RAM:
+        raise UserError(f"The maps of {count} images need {count * side**2 / 2**28:.0f} GiB: give fewer at a time.")
+    maps, scores = np.empty((count, side, side), np.float32), np.empty(count, np.float32)
     method.to(machine.device)
     for batch in machine.prepare(method, images, indices):
+        here = slice(done, done + len(batch[0]))
         for found, part in zip((maps, scores), method.score(batch)):
-            found.append(part.float().cpu().numpy())
-    return np.concatenate(maps), np.concatenate(scores)
+            found[here] = part.float().cpu()
+        done = here.stop
+    return maps, scores
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -388,7 +403,7 @@ def trained_state(method):
 
 
 def restore(method, state):
-    """Loads what `trained_state` gave. Raises UserError where it does not fit."""
+    """Loads what `trained_state` gave. Raises UserError where it does not fit or a value is not finite."""
     try:
         missing, unexpected = method.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -396,6 +411,8 @@ def restore(method, state):
     wrong = [name for name in missing if not name.startswith("backbone.")] + unexpected
     if wrong:
         raise UserError(f"The saved state lacks or has too much of {', '.join(wrong[:3])}: it is another method's.")
+    if bad := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f"The saved state holds values of {bad[0]} that are not finite: train again.")
 
 
 def checksum(method):
@@ -408,12 +425,12 @@ def checksum(method):
 
 
 def write(path, content):
-    """Writes text, or anything else by torch.save, under a temporary name and renames it: never half a file."""
+    """Writes bytes, or anything else by torch.save, under a temporary name and renames it: never half a file."""
     path, temporary = Path(path), Path(f"{path}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, str):
-            temporary.write_text(content)
+        if isinstance(content, bytes):
+            temporary.write_bytes(content)
         else:
             torch.save(content, temporary)
         os.replace(temporary, path)

@@ -14,17 +14,24 @@ maps and scores -> metrics.py -> table, results.json, panels.
 import argparse
 import csv
 import dataclasses
+import errno
 import inspect
+import io
 import itertools
 import json
 import math
 import os
 import re
+import signal
 import sys
 import textwrap
 import time
 import warnings
+from operator import itemgetter
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while PyTorch is imported: no traceback
 
 import numpy as np
 import torch
@@ -107,7 +114,11 @@ def typed(name, text, default):
             return {"true": True, "false": False}[text.lower()]
         if isinstance(default, tuple):
             return tuple(int(part) for part in text.split(",") if part)
-        return type(default)(text) if isinstance(default, (int, float)) else text
+        if not isinstance(default, (int, float)):
+            return text
+        if not abs(value := type(default)(text)) < 2**31:  # also NaN
+            raise ValueError
+        return value
     except (KeyError, ValueError):
         raise UserError(f"{name}={text} cannot be read: give a value such as {name}={as_text(default)}.") from None
 
@@ -144,21 +155,28 @@ def defaults_of(cls):
 
 def parse(argv):
     """-> flags (Namespace), Plan, content of the checkpoint to load or None. Raises UserError."""
+    if "\0" in "".join(argv):
+        raise UserError("An option holds a NUL, which no path can: leave it out.")
     is_setting = re.compile(r"[A-Za-z_]\w*=").match
     args = flags().parse_args([word for word in argv if not is_setting(word)])
+    given = (args.given or []) + list(filter(is_setting, argv))
     loaded = read_checkpoint(args.load) if args.load is not None else None
     name = loaded["method"] if loaded else args.method or "uniad"
     if args.method not in (None, name):
         raise UserError(f"--method {args.method}: {args.load} is a checkpoint of {name}: leave the option out.")
     defaults = defaults_of(METHODS[name])
     if loaded:
-        values = defaults | loaded["options"] | loaded["recipe"]
+        if args.separate or args.resume or args.holdout or args.eval_every or args.recipe == "paper":
+            raise UserError("--separate, --resume, --holdout, --eval-every and --recipe are of no use with --load.")
+        values, saved = defaults, loaded["options"] | loaded["recipe"]
+        changed = {k: v for k, v in saved.items() if k not in defaults or v != defaults[k]}
+        given = [f"{k}={as_text(v)}" for k, v in changed.items()] + given  # as words: somebody may have edited them
         args.separate = loaded["run"]["separate"]
         args.data, args.categories = args.data or loaded["run"]["data"], args.categories or loaded["run"]["categories"]
     else:
         values = defaults | (DEMO.get(name, {}) if args.data is None else {})
         values |= METHODS[name].paper if args.recipe == "paper" else {}
-    for word in (args.given or []) + list(filter(is_setting, argv)):
+    for word in given:
         key, text = word.split("=", 1)
         if key not in defaults:
             raise UserError(f"{name} has no option {key}: it has {', '.join(defaults)}.")
@@ -176,6 +194,11 @@ def check(args, plan, loaded):
     """Flags that do not go together. Raises UserError."""
     for wrong, message in (
         ({args.predict, args.export} != {None} and not loaded, "--predict and --export need --load."),
+        (None not in (args.predict, args.export), "--predict and --export: one at a time."),
+        (args.export is not None and os.path.realpath(args.export) in map(os.path.realpath, (".", args.load or ".")),
+         "--export needs the name of a file of its own."),
+        (WORLD == 1 and not train.BY_TORCHRUN and {"RANK", "WORLD_SIZE"} & set(os.environ),
+         "RANK or WORLD_SIZE is set, but not by torchrun: unset them, or start with torchrun."),
         (not 0 <= args.seed < 2**63, "--seed must be at least 0 and below 2^63."),
         (args.eval_every < 0, "--eval-every must be at least 0."),
         (not 0 <= args.holdout < 1, "--holdout is a share: at least 0 and below 1."),
@@ -195,11 +218,16 @@ def run(args, plan, loaded):
     start, machine = time.perf_counter(), plan.machine(args.device)
     root, categories = find_data(args.data, args.categories)
     out = Path(args.out or (Path(args.load).parent / "evaluation" if loaded else default_out(args, plan.name)))
+    if out.resolve().is_relative_to(Path(root).resolve()):
+        raise UserError(f"--out {out} lies in the data's folder {root}: name another one.")
     writable(out)
+    for old in (*out.glob("curve*.png"), *out.glob("panels/*.png")):  # must not be taken for this run's
+        old.unlink()
     about = {name: getattr(args, name) for name in ("data", "categories", "separate", "seed", "holdout", "quantile")}
 
     content = {"version": VERSION, "method": plan.name, "options": plan.options, "run": about,
-               "recipe": dataclasses.asdict(plan.recipe), "models": loaded["models"] if loaded else []}  # fmt: skip
+               "recipe": dataclasses.asdict(plan.recipe), "models": loaded["models"] if loaded else [],
+               "files": {"set of training images": data.fingerprint(categories)}}  # fmt: skip
     unfinished, current = out / "unfinished.pt", None
     if args.resume:
         found = resume_from(unfinished, content)
@@ -228,7 +256,7 @@ def run(args, plan, loaded):
 
     results = {
         "method": plan.name, "unified": not args.separate,
-        "config": plan.options | content["recipe"] | about, "categories": rows, "mean": mean_row(rows),
+        "config": plan.options | content["recipe"] | about, "categories": rows, "mean": metrics.mean(rows),
         "copy_ratio": ratios, "curve": {e["name"]: e["curve"] for e in content["models"]},
         "seconds": time.perf_counter() - start, "device": str(machine.device)}  # fmt: skip
     results = json.loads(json.dumps(results), parse_constant=lambda nan: None)  # JSON has no NaN
@@ -272,7 +300,7 @@ def fit_one(method, group, args, plan, machine, label, save, current):
         """A diagnostic only: results are those of the final epoch, whatever the curve's peak."""
         rows = evaluate(method, group, machine)
         record = {"step": step, "stage": stage, "loss": loss, "copy_ratio": copy_ratio(method, group, machine)}
-        record |= {name: mean_row(rows)[name] for name in ("image_auroc", "pixel_auroc")}
+        record |= {name: metrics.mean(rows)[name] for name in ("image_auroc", "pixel_auroc")}
         print0(f"  {record}")
         curve.append(record)
 
@@ -327,21 +355,16 @@ def gather(indices, values):
 def category_row(category, scores, maps):
     """The seven metrics of a category, and the two AUROCs of each kind of defect against all normal images."""
     items = category.test
-    labels, defects = np.array([item.label for item in items]), np.array([item.defect for item in items])
-    # An image whose ground truth is missing would count as normal pixel by pixel: leave it out of the pixel metrics.
-    masked = np.array([bool(item.masks or not item.label) for item in items])
+    labels = np.array([item.label for item in items])
     masks = np.stack([data.read_mask(item, maps.shape[-1]) for item in items])
-
-    def measure(chosen):
-        pixels = chosen & masked
-        return metrics.evaluate(scores[chosen], labels[chosen], maps[pixels], masks[pixels])
-
-    row = measure(labels >= 0)
-    row["scores"], row["defects"] = scores.tolist(), {}
-    for defect in np.unique(defects[labels == 1]).tolist():
-        one = measure((labels == 0) | (defects == defect))
-        row["defects"][defect] = {name: one[name] for name in ("image_auroc", "pixel_auroc")}
-    return row
+    # A defective image without a mask, or with an empty one, would count as normal pixel by pixel: leave it out.
+    masked = masks.any((1, 2)) | (labels == 0)
+    if empty := [str(item.path) for item, known in zip(items, masked) if item.masks and not known]:
+        print0(f"note: the masks of {', '.join(empty[:3])} are empty at this size; {len(empty)} left out of the pixels")
+    known = slice(None) if masked.all() else masked  # the maps are many: no copy where none is left out
+    row = metrics.evaluate(scores, labels, maps[known], masks[known])
+    kinds = metrics.per_kind(scores, np.array([item.defect for item in items]), maps, masks, masked)
+    return row | {"scores": scores.tolist(), "defects": kinds}
 
 
 @torch.no_grad()
@@ -359,12 +382,6 @@ def copy_ratio(method, categories, machine):
     return float((copied / changed).mean())
 
 
-def mean_row(rows):
-    """Plain mean over categories, of those where the metric is defined."""
-    columns = {name: [row[name] for row in rows.values() if not math.isnan(row[name])] for name in metrics.NAMES}
-    return {name: float(np.mean(values)) if values else math.nan for name, values in columns.items()}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints and the report
 
@@ -373,15 +390,32 @@ VERSION = 4  # of the checkpoint's content
 
 
 def read_checkpoint(path):
-    """A checkpoint's content. Raises UserError when it cannot be read."""
+    """A checkpoint's content. Raises UserError when it cannot be read or lacks what this program needs."""
     try:
+        if not Path(path).is_file():  # to read from a FIFO would wait for ever
+            raise FileNotFoundError
         content = torch.load(path, map_location="cpu", weights_only=True)
-        version = content["version"]
+        if (version := content["version"]) == VERSION:
+            verify(content)
     except Exception as error:
-        raise UserError(f"{path} is no checkpoint.pt that a run has written ({type(error).__name__}).") from None
+        kind = type(error).__name__
+        raise UserError(f"{path} is no checkpoint.pt as a run writes it ({kind}): train again.") from None
     if version != VERSION:
         raise UserError(f"{path} is of version {version}, this program reads {VERSION}: train again.")
     return content
+
+
+def verify(content):
+    """Raises KeyError, TypeError, AttributeError or ValueError for what this program cannot have written."""
+    METHODS[content["method"]], content["options"] | content["recipe"]
+    itemgetter("data", "categories", "separate")(content["run"])
+    for entry in content["models"]:
+        itemgetter("name", "backbone", "curve", "held_out")(entry)
+        for part in (entry, *entry["of"].values()):
+            if not all(map(math.isfinite, itemgetter("threshold", "low", "high")(part))):
+                raise ValueError
+        if not all(isinstance(value, torch.Tensor) for value in entry["state"].values()):
+            raise TypeError
 
 
 def resume_from(path, content):
@@ -389,9 +423,9 @@ def resume_from(path, content):
     if not path.exists():
         raise UserError(f"--resume: there is no {path}, so nothing was interrupted there: leave --resume out.")
     found = read_checkpoint(path)
-    for part in ("options", "recipe", "run"):
+    for part in ("options", "recipe", "run", "files"):
         for key, value in content[part].items():
-            if value not in ("auto", found[part].get(key)):
+            if value not in ("auto", found.get(part, {}).get(key)):
                 raise UserError(f"--resume: {path} is of a run with another {key}: give the same options again.")
     return found
 
@@ -411,17 +445,10 @@ def writable(out):
         probe = out / f".try{RANK}"
         probe.touch()
         probe.unlink()
+        for half in out.rglob("*.part"):  # what a killed run was writing
+            half.unlink()
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error.strerror}): name another folder.") from None
-
-
-def table(header, rows):
-    """Aligned text that is a Markdown table too; None is "-"."""
-    lines = [["-" if cell is None else str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    for line in lines:
-        print0("|", " | ".join(map(str.ljust, line, widths)), "|")
+        raise UserError(f"--out {out} cannot be written ({error}): name another folder.") from None
 
 
 def report(results, out):
@@ -429,25 +456,15 @@ def report(results, out):
     header, rows = ["category", "I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO"], []
     for name, row in [*results["categories"].items(), ("mean", results["mean"])]:
         rows.append([name, *(None if row[m] is None else f"{100 * row[m]:.1f}" for m in metrics.NAMES)])
-    table(header, rows)
+    print0(figures.table(header, rows))
     for ratio in filter(None, results["copy_ratio"]):
         print0(f"copy ratio (1 = defects copied, 0 = restored): {ratio:.3f}")
-    train.write(out / "results.json", json.dumps(results, indent=1))
+    train.write(out / "results.json", json.dumps(results, indent=1).encode())
     for label, curve in results["curve"].items():
         if curve:
             name = "curve.png" if label == "all" else f"curve-{label}.png"
-            draw_curve(curve, f"{results['method']}, {label}", out / name)
+            figures.training_curve(curve, f"{results['method']}, {label}", out / name)
     print0(f"{results['seconds']:.0f} s in all; wrote {out}/")
-
-
-def draw_curve(curve, title, path):
-    """Loss, AUROCs and copy ratio over the steps; None, where there is no copy ratio, becomes a gap."""
-    columns = {key: np.array([record[key] for record in curve], float) for key in curve[0] if key != "stage"}
-    steps, series = columns.pop("step"), []
-    for key, y in columns.items():
-        how = {"axis": "left", "log": True} if key == "loss" else {"axis": "right", "label_ends": True}
-        series.append({"name": key.replace("_", " "), "x": steps, "y": y} | how)
-    figures.curve(series, path, title)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -513,7 +530,10 @@ def predict(args, plan, loaded):
     """A line and an overlay per image as they come, predictions.csv. -> exit code: 2 if none was readable, else 0."""
     method, machine, entry = load_for_use(args, plan, loaded)
     source = Path(args.predict)
-    paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in data.EXTENSIONS) if source.is_dir() else [source]
+    paths = [source]
+    if source.is_dir():
+        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in data.EXTENSIONS and p.is_file())
+        paths = [p for p in paths if not p.name.endswith(".overlay.png")]  # of an earlier prediction
     if not paths:
         raise UserError(f"--predict {source} holds no image ({', '.join(sorted(data.EXTENSIONS))}).")
     out = Path(args.out or Path(args.load).parent / "predictions")
@@ -523,7 +543,7 @@ def predict(args, plan, loaded):
     if not entry["held_out"]:
         print0("note: the threshold is of training images, which score lower than new ones; train with --holdout 0.1")
     skipped = 0
-    with open(out / "predictions.csv", "w", newline="") as file:
+    with open(out / "predictions.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         lines = csv.writer(file)
         lines.writerow(["image", "score", "threshold", "verdict", "overlay"])
         for path in paths:
@@ -534,6 +554,8 @@ def predict(args, plan, loaded):
                 skipped += 1
                 continue
             (anomaly,), (score,) = train.predict(method, [image], machine=machine)
+            if not np.isfinite(score):
+                raise UserError(f"The score of {path} is not finite, so there is no verdict: train again.")
             verdict = "defective" if score > entry["threshold"] else "normal"
             relative = path.relative_to(source) if source.is_dir() else Path(path.name)
             overlay = out / f"{relative}.overlay.png"
@@ -568,8 +590,9 @@ def export(args, plan, loaded):
         except Exception as error:  # whatever the tracer cannot follow
             raise UserError(f"PyTorch cannot trace {plan.name} ({type(error).__name__}): use --predict.") from None
         maps, _ = program.module()(images)
-    Path(args.export).parent.mkdir(parents=True, exist_ok=True)
-    torch.export.save(program, args.export)
+    buffer = io.BytesIO()  # onto a full disk PyTorch's own writer aborts the process
+    torch.export.save(program, buffer)
+    train.write(args.export, buffer.getvalue())
     print0(f"wrote {args.export}: input (1,3,{method.size},{method.size}) in [0,1]; "
         f"largest difference of the maps {(maps - expected).abs().max().item():.1e}")  # fmt: skip
     return 0
@@ -588,8 +611,10 @@ def compare(folders):
         try:
             found = json.loads((folder / "results.json").read_text())
             key = json.dumps([found["method"], found["config"] | {"seed": None}])
-            groups.setdefault(key, []).append(found | {"run": folder.name})
-        except (OSError, ValueError, KeyError, TypeError):
+            for row in (found["mean"], *found["categories"].values()):
+                cell([row])
+            groups.setdefault(key, []).append(found | {"run": folder.name, "seconds": float(found["seconds"])})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             print0(f"note: {folder} holds no results.json of this program and is left out")
     if not groups:
         raise UserError("--compare: none of these folders holds a results.json: name folders that a run has written.")
@@ -603,7 +628,7 @@ def compare(folders):
     paper = dict(zip(words[::2], words[1::2]))
     if len(set(names) & set(paper)) > 1:
         rows.append(["UniAD's paper, one model for 15", *map(paper.get, names), "96.5/96.8", None])
-    table(["image/pixel AUROC", *names, "mean", "seconds"], rows)
+    print0(figures.table(["image/pixel AUROC", *names, "mean", "seconds"], rows))
     return 0
 
 
@@ -627,7 +652,7 @@ def demo(argv):
         values = [*results["copy_ratio"], *map(results["mean"].get, ("image_auroc", "pixel_auroc", "aupro"))]
         rows.append([name, *(f"{value:.3f}" for value in values)])
     print0()
-    table(["method", "copy ratio", "image AUROC", "pixel AUROC", "AUPRO"], rows)
+    print0(figures.table(["method", "copy ratio", "image AUROC", "pixel AUROC", "AUPRO"], rows))
     print0("copy ratio: 1 = the defect is copied whole, 0 = it is restored to normal; see runs/*/panels")
     return 0
 
@@ -656,7 +681,8 @@ def main(argv=None):
         sys.stdout = open(os.devnull, "w")
         return 0
     except OSError as error:
-        message = f"{error}: free some space, or name another --out."
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        message = f"{error}: {'free some space, or name another --out' if full else 'see to that file or folder'}."
     except (MemoryError, RuntimeError) as error:
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
         if not full:
@@ -670,5 +696,8 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # closed by who started this
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal can show every file name
     warnings.filterwarnings("ignore", module="torch")  # PyTorch's advice to programmers
     sys.exit(main())
