@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import MLP
 from torchvision.datasets.folder import is_image_file, pil_loader
+from torchvision.ops import MLP
+from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
 from models import (
@@ -197,7 +198,7 @@ class UninformedStudents(Method):
 
     NETS = {  # patch size: stride, hidden layers (width / `width`, kernel, stride, pooling 2x2), kernel of the last
         17: (4, [(1, 5, 2, 0), (2, 3, 1, 0), (2, 3, 2, 0)], 2),
-        33: (4, [(1, 3, 1, 1), (2, 5, 1, 1), (2, 2, 1, 0)], 4),
+        33: (4, [(1, 5, 1, 1), (2, 5, 1, 1), (2, 2, 1, 0)], 4),
         65: (8, [(1, 5, 1, 1), (1, 5, 1, 1), (1, 5, 1, 1), (2, 4, 1, 0)], 1),
     }
     recipe = Recipe(batch_size=4, lr=1e-3)
@@ -229,12 +230,13 @@ class UninformedStudents(Method):
         self.to(memory_format=torch.channels_last)  # by a third faster on a CPU
 
     def patch_net(self, field, width):
-        """A CNN of S / stride descriptors a side, padded as for field x field pixels around each cell of the stride.
+        """A CNN of S / stride descriptors a side, each centred on its cell of stride x stride pixels.
 
-        Those of 33 and 65 in fact see 30 and 60 pixels, 1 and 2 pixels towards the upper left of the cell's centre.
+        The poolings of 33 and 65 drop a border of a lone patch, so that they in fact see 32 and 60 pixels.
         """
         stride, hidden, last_kernel = self.NETS[field]
-        before, after = (field - stride) // 2, (field - stride + 1) // 2
+        seen = {17: 17, 33: 32, 65: 60}[field]
+        before, after = (seen - stride) // 2, (seen - stride + 1) // 2
         layers = [nn.ReflectionPad2d((before, after, before, after))]
         inp = 3
         for multiple, kernel, step, pooling in hidden:
@@ -310,15 +312,16 @@ class MKD(Method):
     Salehi et al., CVPR 2021 (multiresolution knowledge distillation), section 3. Theirs: VGG-16 and a clone with few
     channels and BatchNorm, in their code of 343,984 parameters, at the strides 8, 16 and 32; lambda makes the two
     terms alike; Adam 1e-3, batch 64; the gradient of the loss with respect to the image (through both networks)
-    localises, smoothed and then opened morphologically. Ours: the levels of any backbone, strides 2 to 16 for VGG and
-    its clone of 214,576 parameters; each channel standardized over normal images, so that no large channel owns both
-    terms, and lambda = 1; no ReLU at the clone's levels, since other backbones' are linear; the gradient is pooled by
-    its largest channel.
+    localises, summed over channels, smoothed and then opened morphologically. Ours: the last three levels of any
+    backbone; lambda = 1; opened as a grey map, and not scaled image by image, which would make images incomparable.
+    standardize: each channel over normal images, so that no large channel owns both terms; the clone's levels have no
+    ReLU then.
     """
 
     recipe = Recipe(epochs=30, batch_size=16, lr=3e-3, optimizer="adam", weight_decay=0.0)
     paper = {
         "backbone": "vgg16",
+        "standardize": False,
         "weight": 0.5,  # this and the epochs as in its code, for MVTec AD
         "epochs": 601,
         "batch_size": 64,
@@ -326,24 +329,27 @@ class MKD(Method):
         "schedule": "constant",
     }
 
-    def __init__(self, *, backbone="efficientnet_lite2", weights="default", size=128, width=16, weight=1.0):
+    def __init__(
+        self, *, backbone="efficientnet_lite2", weights="default", size=128, width=16, weight=1.0, standardize=True
+    ):  # fmt: skip
         super().__init__(size)
-        require(size % 16 == 0, f"size={size} must be a multiple of 16, the last level's stride.")
+        require(size % 32 == 0, f"size={size} must be a multiple of 32, the largest stride.")
         at_least(4, width=width)
         at_least(0, weight=weight)
         self.weight = weight
         self.backbone = Backbone(backbone, weights)
         self.clone = nn.ModuleList()
         inp, side = 3, 64
-        for level in self.backbone(torch.zeros(1, inp, side, side)):
-            layers = [nn.ReLU() if self.clone else nn.Identity()]
-            for out in (width, width, level.shape[1]):
+        for i, level in enumerate(self.backbone(torch.zeros(1, inp, side, side))):  # one block a level
+            layers = []
+            for out in [width] * (1 if i < 2 else 2):
                 layers += [nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
                 inp = out
-            layers[-1] = nn.MaxPool2d(side // level.shape[-1])
-            self.clone.append(nn.Sequential(*layers))
-            side = level.shape[-1]
-        self.standardize = nn.ModuleList(Standardize(channels) for channels in self.backbone.channels)
+            out = level.shape[1] if i else width  # the first level is not compared
+            layers += [nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.Identity() if standardize else nn.ReLU()]
+            self.clone.append(nn.Sequential(*layers, nn.MaxPool2d(side // level.shape[-1])))
+            inp, side = out, level.shape[-1]
+        self.standardize = nn.ModuleList(Standardize(channels, on=standardize) for channels in self.backbone.channels)
 
     def forward_through(self, stages, images):
         """-> what each of the stages puts out; unlike the backbone's own forward it lets gradients through."""
@@ -351,10 +357,10 @@ class MKD(Method):
         for stage in stages:
             x = stage(x)
             levels.append(x)
-        return levels
+        return levels[-3:]
 
     def standardized(self, levels):
-        return [standardize(level) for standardize, level in zip(self.standardize, levels)]
+        return [standardize(level) for standardize, level in zip(self.standardize[-3:], levels[-3:])]
 
     def calibrate(self, batches):
         levels = self.backbone(torch.cat(list(batches))[:64])
@@ -383,7 +389,7 @@ class MKD(Method):
             source = self.standardized(self.forward_through(self.backbone.stages, images))
             scores = self.errors(source, self.forward_through(self.clone, images))
             (gradient,) = torch.autograd.grad(scores.sum(), images)
-        maps = gaussian_blur(gradient.abs().amax(1), 4.0, 16)
+        maps = gaussian_blur(gradient.abs().sum(1), 4.0, 16)
         eroded = -F.max_pool2d(-maps, 3, 1, 1)
         return F.max_pool2d(eroded, 3, 1, 1), scores.detach()
 
@@ -540,8 +546,8 @@ class CutPaste(Method):
     the area and aspect 0.3-3.3; scar of 2-16 x 10-25 pixels at +-45 degrees; colour jitter 0.1; SGD 0.03, momentum
     0.9, cosine, batch 64, 256 epochs of 256 steps whatever the number of images; 256x256; Gaussian density; Grad-CAM,
     or a patch model, localises. Ours: any backbone to stride 16, trained on from ImageNet weights (weights = none:
-    from random ones, the paper's way); an epoch passes each image once; the covariance is shrunk, as there are fewer
-    images than channels; colour jitter = a random gain of each channel and of the contrast.
+    from random ones, the paper's way); by default an epoch passes each image once; the covariance is shrunk, as there
+    are fewer images than channels; colour jitter = a random gain of each channel and of the contrast.
     Grad-CAM has a closed form here: the weights are the gradient of d^2 / 2, P (m - mu), equal at all positions, and
     (a_p - mu)' P (m - mu) has the mean d^2 over p. Its positive part is the map.
     """
@@ -551,6 +557,7 @@ class CutPaste(Method):
         "backbone": "resnet18",
         "weights": "none",
         "epochs": 256,
+        "steps": 256,
         "batch_size": 64,
         "lr": 0.03,
         "schedule": "cosine",
@@ -633,7 +640,7 @@ class DRAEM(Method):
     parameters; Perlin masks, beta ~ U(0, 0.8), half of the images clean, textures from DTD under random colour
     changes; normal images rotated at random; Adam 1e-4, times 0.2 after 80 and 90 % of 700 epochs, batch 8; 256x256;
     score = max of the 21x21 average-pooled map. Ours: width 16 and half of it; textures from `textures`, a folder of
-    images, mirrored at random, or without one generated; no rotation; one-cycle ("step": times 0.1 after 80 %).
+    images, mirrored at random, or without one generated; no rotation; one-cycle.
     """
 
     recipe = Recipe(epochs=60, lr=2e-3)
@@ -643,7 +650,7 @@ class DRAEM(Method):
         "lr": 1e-4,
         "weight_decay": 0.0,
         "optimizer": "adam",
-        "schedule": "step",
+        "schedule": "two-step",
     }
 
     def __init__(self, *, size=256, width=16, textures=None):
@@ -706,24 +713,37 @@ class FCDD(Method):
 
     Liznerski et al., ICLR 2021, sections 3 and 4. Theirs: VGG-11-BN cut before its fourth pooling, ImageNet weights,
     frozen up to the third, then a 1x1 convolution; half of the images get confetti, squares turned at random and added;
-    SGD 1e-3 with Nesterov's momentum, 200 epochs, decay 0.985 an epoch; 224x224; local contrast normalization, colour
-    jitter and crops; A is upsampled by a fixed Gaussian over the receptive field; score = sum. Ours: any backbone, all
-    but its last level frozen; 1 to 3 squares of 8 to 54 pixels (at 224), one colour each, turned up to 45 degrees and
-    pasted; neither normalization, jitter nor crops; no momentum of Nesterov's, and in `paper` a constant rate; sigma =
-    1.5 strides with reflected borders, so that the map's mean is a, which is the score: their sum up to a factor.
+    SGD 1e-3 with Nesterov's momentum, 200 epochs that pass each image ten times, decay 0.985 an epoch; 224x224; A is
+    upsampled by a fixed Gaussian over the receptive field; score = sum. Ours: any backbone, all but its last level
+    frozen; 1 to 3 squares of 8 to 54 pixels (at 224), one colour each, turned up to 45 degrees, with sharp edges where
+    theirs are smoothed; sigma = 1.5 strides with reflected borders, so that the map's mean is a, which is the score:
+    their sum up to a factor.
+    contrast: local contrast normalization instead of the backbone's own, then the range of normal images to [0,1].
+    augment: half of the training images cropped to 14/15, all slightly changed in colour, half with noise.
     """
 
     recipe = Recipe(batch_size=16, lr=1e-3)
     paper = {
         "backbone": "vgg11_bn",
-        "epochs": 200,
+        "contrast": True,
+        "augment": True,
+        "epochs": 2000,
         "batch_size": 128,
-        "optimizer": "sgd",
-        "schedule": "constant",
+        "weight_decay": 1e-5,
+        "optimizer": "nesterov",
+        "schedule": "exponential",
     }
 
-    def __init__(self, *, backbone="efficientnet_lite2", weights="default", size=224):
+    def __init__(
+        self, *, backbone="efficientnet_lite2", weights="default", size=224, contrast=False, augment=False
+    ):  # fmt: skip
         super().__init__(size)
+        self.contrast, self.augment = contrast, augment
+        self.range = Standardize(3)
+        self.augmentation = v2.Compose([
+            v2.RandomApply([v2.RandomResizedCrop(size, ((14 / 15) ** 2,) * 2, (1, 1))]),
+            v2.RandomChoice([v2.ColorJitter(0.04, 0.04, 0.04, 0.04), v2.ColorJitter(0.005, 5e-4, 5e-4, 5e-4)]),
+        ])  # fmt: skip
         self.backbone = Backbone(backbone, weights, levels=1)
         *frozen, last = self.backbone.stages
         self.backbone.stages = nn.ModuleList(frozen)
@@ -732,7 +752,7 @@ class FCDD(Method):
 
     @staticmethod
     def confetti(images):
-        """Pastes 1 to 3 turned squares of random colour into each image."""
+        """Adds 1 to 3 turned squares of random colour to each image."""
         size = images.shape[-1]
         count = torch.randint(1, 4, (len(images), 1, 1, 1), device=images.device)
         for i in range(3):
@@ -740,12 +760,28 @@ class FCDD(Method):
             angle = uniform(images, -math.pi / 4, math.pi / 4)
             grid = turned_grid(uniform(images, 0, size, 2), angle, size)
             inside = (grid.abs() < side / 2).all(1, keepdim=True) & (i < count)
-            images = torch.where(inside, uniform(images, 0, 1, 3), images)
-        return images
+            images = images + inside * uniform(images, 0, 1, 3)
+        return images.clamp(0, 1)
+
+    @staticmethod
+    def local_contrast(images):
+        """(B,3,S,S) less each image's mean, over its mean deviation."""
+        x = images - images.mean((1, 2, 3), keepdim=True)
+        return x / x.abs().mean((1, 2, 3), keepdim=True).clamp_min(1e-6)
+
+    def calibrate(self, batches):
+        if self.contrast:
+            x = torch.cat([self.local_contrast(images) for images in batches]).transpose(0, 1).flatten(1)
+            low, high = x.amin(1)[:, None, None], x.amax(1)[:, None, None]
+            self.range.mean, self.range.std = low, high - low + 1e-6
 
     def heat(self, images):
         """(B,3,S,S) -> A (B,1,h,w)"""
-        x = self.tail(self.backbone(images)[0]).float()
+        x = self.range(self.local_contrast(images)) if self.contrast else self.backbone.normalize(images)
+        with torch.no_grad():
+            for stage in self.backbone.stages:
+                x = stage(x)
+        x = self.tail(x).float()
         return x.square() / ((x.square() + 1).sqrt() + 1)  # sqrt(x^2 + 1) - 1 without its cancellation near 0
 
     @staticmethod
@@ -757,6 +793,10 @@ class FCDD(Method):
         (images,) = batch
         anomalous = half_of(images)
         images = torch.where(anomalous, self.confetti(images), images)
+        if self.augment:
+            images = torch.stack([self.augmentation(image) for image in images])
+            noise = torch.randn_like(images) * half_of(images) * images.std((1, 2, 3), keepdim=True) / 10
+            images = (images + noise).clamp(0, 1)
         return self.hsc_loss(self.heat(images).mean((2, 3), keepdim=True), anomalous).mean()
 
     def score(self, batch):

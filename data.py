@@ -197,17 +197,17 @@ def fingerprint(categories) -> str:
 # Reading images
 
 
-def read_image(path, size) -> np.ndarray:
+def read_image(path, size, resample="bilinear") -> np.ndarray:
     """Read any PNG, JPEG, BMP or TIFF as a (size, size, 3) uint8 RGB array.
 
-    Bilinear to the square, so the aspect ratio is not kept (the papers do the same). The EXIF orientation is applied
-    and transparency dropped. 16-bit and other integers: 65535 becomes 255. Floats: an image that never exceeds 1 is
-    taken as 0..1, any other as 0..255. Raises DataError for a file that cannot be read, has values outside its range,
-    or has more pixels than Pillow's limit.
+    resample: "bilinear" or "lanczos" (RLR's). To the square, so the aspect ratio is not kept (the papers do the same).
+    The EXIF orientation is applied and transparency dropped. 16-bit and other integers: 65535 becomes 255. Floats: an
+    image that never exceeds 1 is taken as 0..1, any other as 0..255. Raises DataError for a file that cannot be read,
+    has values outside its range, or has more pixels than Pillow's limit.
     """
     with _opened(path) as image:
         image = _to_rgb(ImageOps.exif_transpose(image))
-        return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
+        return np.array(image.resize((size, size), Image.Resampling[resample.upper()]))
 
 
 def read_mask(item, size) -> np.ndarray:
@@ -232,20 +232,20 @@ def read_mask(item, size) -> np.ndarray:
 
 
 class Images:
-    """Items (or plain paths) as a sequence of images: len(), and [i] -> `read_image(path, size)`, read when asked for.
+    """Items (or paths) as a sequence of images: len(), and [i] -> `read_image(path, size, resample)`, when asked for.
 
     Hold it for a list of arrays that need not fit into memory. [i] raises DataError as read_image does.
     """
 
-    def __init__(self, items, size):
-        self.items, self.size = list(items), size
+    def __init__(self, items, size, resample="bilinear"):
+        self.items, self.size, self.resample = list(items), size, resample
 
     def __len__(self):
         return len(self.items)
 
     def __getitem__(self, index):
         item = self.items[index]
-        return read_image(item.path if isinstance(item, Item) else item, self.size)
+        return read_image(item.path if isinstance(item, Item) else item, self.size, self.resample)
 
 
 @contextmanager

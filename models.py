@@ -58,17 +58,19 @@ class Recipe:
     batch_size: int = 8
     lr: float = 5e-4  # the schedule's peak
     weight_decay: float = 1e-4
-    optimizer: str = "adamw"  # adamw | adam | sgd | muon: Muon for the matrices of linear layers, AdamW for the rest
+    optimizer: str = "adamw"  # adamw | adam | sgd | nesterov | muon: Muon for linear layers, AdamW for the rest
     beta2: float = 0.999  # of Adam: how long it remembers the size of gradients
-    schedule: str = "one-cycle"  # one-cycle: 30 % warm-up, cosine to 0 | cosine | step: x0.1 after 80 % | constant
+    schedule: str = "one-cycle"  # one-cycle: 30 % warm-up, cosine to 0 | cosine | exponential: to 5 % | constant |
+    # step: x0.1 after 80 % | two-step: x0.2 after 80 % and after 90 %
     clip: float = 0.0  # the gradient's norm is clipped to this; 0: not at all
+    steps: int = 0  # of an epoch, whatever the number of images; 0: each image once
 
     def __post_init__(self):
         at_least(1, epochs=self.epochs, batch_size=self.batch_size)
-        at_least(0, lr=self.lr, weight_decay=self.weight_decay, clip=self.clip, beta2=self.beta2)
+        at_least(0, lr=self.lr, weight_decay=self.weight_decay, clip=self.clip, beta2=self.beta2, steps=self.steps)
         require(self.lr > 0 and self.beta2 < 1, "lr must be above 0, and beta2 below 1.")
-        one_of(("adamw", "adam", "sgd", "muon"), optimizer=self.optimizer)
-        one_of(("one-cycle", "cosine", "step", "constant"), schedule=self.schedule)
+        one_of(("adamw", "adam", "sgd", "nesterov", "muon"), optimizer=self.optimizer)
+        one_of(("one-cycle", "cosine", "step", "two-step", "exponential", "constant"), schedule=self.schedule)
 
 
 def guard_prepare(prepare):
@@ -110,6 +112,7 @@ class Method(nn.Module):
 
     recipe = Recipe()
     paper = {}  # what the paper has instead of the defaults: options and fields of the recipe, by name
+    resample = "bilinear"  # how images are brought to its size, or "lanczos"
     fitted = False  # train.fit and a loaded state set it
     settled = {}  # options that the constructor was left to choose ("auto"), with its choice
 
@@ -254,7 +257,7 @@ STAGES = {  # where each feature level ends in torchvision's own sequence of chi
     "resnet18": (5, 6, 7),  # strides 4, 8, 16: layer1, layer2, layer3
     "wide_resnet50_2": (5, 6, 7),
     "vgg11_bn": (4, 8, 15, 22),  # strides 2, 4, 8, 16: after each pooling
-    "vgg16": (5, 10, 17, 24),
+    "vgg16": (5, 10, 17, 24, 31),  # and 32
 }
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of its pixels
 LITE_PIXELS = [127 / 255] * 3, [128 / 255] * 3  # what those weights were trained with
@@ -406,7 +409,8 @@ class FeatureMethod(Method):
 
     Levels at strides 2 to 16 are brought to one grid, S/16 x S/16, and concatenated to C channels. The image's score
     is the maximum of averages of its map. Five things are ours, and `paper` undoes them:
-    backbone: EfficientNet-Lite2, whose weights need no download, for B4.
+    backbone: EfficientNet-Lite2, whose weights need no download, for B4. (torchvision's B4 pads evenly, the authors' as
+    TensorFlow does: features differ by 5 % at stride 2, by 0.01 % at stride 16.)
     standardize: see Standardize. On raw channels training is many times slower.
     whiten: the distance is weighed by what is rare, see Rarity.
     pool: the averages are over 32x32 pixels, two tokens a side; the paper's 16x16 leave more to chance.
@@ -661,7 +665,7 @@ class UniAD(FeatureMethod):
         self.queries = nn.Parameter(torch.randn(layers, self.grid**2, width)) if query else None
         self.norm = nn.LayerNorm(width)
         self.register_buffer("mask", neighbour_mask(self.grid, window) if mask else None, persistent=False)
-        for name, linear in self.named_modules():  # as in the paper's code
+        for name, linear in self.named_modules():  # as in the paper's code, where layers start as copies of one another
             if isinstance(linear, nn.Linear):
                 nn.init.zeros_(linear.bias)
                 if name.split(".")[-1] not in ("q", "k", "v"):  # these were drawn as one matrix
@@ -770,8 +774,10 @@ class RLR(Method):
     The input may ask the reference about its own surroundings (local cross attention) and may pass on its own content
     only to places far away (masked learnable-key attention), so nothing carries a defect to its own reconstruction.
     Each level has its own network. Loss: mean squared error + mean(1 - cos). Map: mean_c (f^ - f)^2 + 1 - cos,
-    averaged over levels, smoothed with sigma = 4; image score: its maximum, for image and pixel metrics the same map.
+    averaged over levels, smoothed with sigma = 4; image score: its maximum.
     whiten: the squared error is that of Rarity, level by level; the cosine, which has no channels, stays as it is.
+    smooth: one smoothed map for image and pixel metrics. False is the authors' code: levels enlarged with aligned
+    corners, the image score after the smoothing, the map before it, which costs pixel metrics up to 3 points.
 
     Paper: He et al., ECCV 2024, section 3. EfficientNet-B6 at 256x256, strides 8 and 16: 21,514,512 trainable
     parameters. Its code steps one shared optimizer once per level; here the levels' losses are summed, one step.
@@ -780,18 +786,20 @@ class RLR(Method):
     """
 
     recipe = replace(MUON, epochs=4)
-    paper = {"backbone": "efficientnet_b6", "standardize": False, "whiten": False, "epochs": 200, "batch_size": 4,
-             "lr": 1e-4, "weight_decay": 0.0, "optimizer": "adam", "beta2": 0.999, "schedule": "constant",
-             "clip": 0.0}  # fmt: skip
+    paper = {"backbone": "efficientnet_b6", "standardize": False, "whiten": False, "smooth": False,
+             "resample": "lanczos", "epochs": 200, "batch_size": 4, "lr": 1e-4, "weight_decay": 0.0,
+             "optimizer": "adam", "beta2": 0.999, "schedule": "constant", "clip": 0.0}  # fmt: skip
     LEVELS = (8, 256), (16, 512)  # stride and network width; the paper may add (4, 128)
 
     def __init__(
         self, *, backbone="efficientnet_lite2", weights="default", size=256, alpha=4.0,
-        standardize=True, whiten=True, lamp=False,
+        standardize=True, whiten=True, smooth=True, lamp=False, resample="bilinear",
     ):  # fmt: skip
         super().__init__(size)
         require(size % 16 == 0, f"size={size} must be a multiple of 16, the stride of the features.")
         at_least(0, alpha=alpha)
+        one_of(("bilinear", "lanczos"), resample=resample)
+        self.smooth, self.resample = smooth, resample
         self.backbone = Backbone(backbone, weights, levels=2)
         self.alpha, self.lamp = alpha, lamp
         channels = self.backbone.channels
@@ -830,9 +838,11 @@ class RLR(Method):
         for f, net, rarity in zip(batch, self.nets, self.rarity):
             restored = net(f).float()  # (B,L,C)
             error = rarity(restored - f).square() / f.shape[-1] + 1 - F.cosine_similarity(restored, f, dim=-1)  # (B,L)
-            total = total + F.interpolate(to_grid(error[..., None]), self.size, mode="bilinear")
-        maps = gaussian_blur(total / len(self.nets), 4.0, 16).squeeze(1)
-        return maps, maps.amax((1, 2))
+            error = to_grid(error[..., None])
+            total = total + F.interpolate(error, self.size, mode="bilinear", align_corners=not self.smooth)
+        maps = total / len(self.nets)
+        smooth = gaussian_blur(maps, 4.0, 16)
+        return (smooth if self.smooth else maps).squeeze(1), smooth.amax((1, 2, 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1073,8 +1083,9 @@ class DinoSaliency(Frozen):
         which come second in DINO's. Their grid (28x28) is resized to this input's."""
         try:
             cls, grid = state["pos_embed"].split([1, state["pos_embed"].shape[1] - 1], 1)
-            wanted = self.vit.image_size // 8
-            grid = F.interpolate(to_grid(grid), wanted, mode="bicubic")
+            grid, wanted = to_grid(grid), self.vit.image_size // 8
+            if wanted != grid.shape[-1]:  # 0.1 more than the ratio, as in DINO's own code
+                grid = F.interpolate(grid, scale_factor=(wanted + 0.1) / grid.shape[-1], mode="bicubic")
             names = list(self.vit.state_dict())
             names.insert(1, names.pop(names.index("encoder.pos_embedding")))
             state = dict(zip(names, {**state, "pos_embed": torch.cat([cls, to_tokens(grid)], 1)}.values(), strict=True))

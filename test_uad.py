@@ -223,6 +223,13 @@ def test_exif_orientation_turns_images_and_masks(tmp_path, name):
     assert data.read_mask(data.Item(path, "nut", "cut", (mask,)), 24)[:8].all()
 
 
+def test_an_image_is_brought_to_its_size_as_told(tmp_path):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8))
+    for name in ("bilinear", "lanczos"):
+        expected = np.asarray(noise.resize((16, 16), Image.Resampling[name.upper()]))
+        assert np.array_equal(data.Images([save(tmp_path / "a.png", noise)], 16, name)[0], expected)
+
+
 def truncated(path):
     save(path, np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
     path.write_bytes(path.read_bytes()[:-2000])
@@ -410,6 +417,7 @@ def build(name, **options):
         ("rlr", {"backbone": "efficientnet_b6", "weights": "none", "size": 256}, 21_514_512),
         ("unet", {}, 9_339_651),
         ("draem", {"width": 128}, 97_422_725),
+        ("mkd", {"backbone": "vgg16", "weights": "none", "standardize": False}, 343_984),
     ],
 )
 def test_a_method_has_the_papers_number_of_parameters(monkeypatch, name, options, count):
@@ -527,6 +535,16 @@ def test_no_value_of_a_token_reaches_its_own_reconstruction_in_a_layer_of_rlr():
 # --- images
 
 
+def test_rlrs_map_is_smoothed_or_not_and_its_score_is_always_of_the_smoothed_one():
+    batch = build("rlr").eval().prepare(torch.rand(2, 3, 128, 128))
+    for smooth in (True, False):
+        method = build("rlr", smooth=smooth)
+        method.fitted = True
+        maps, scores = method.score(batch)
+        peak = (maps if smooth else models.gaussian_blur(maps, 4.0, 16)).amax((1, 2))
+        assert torch.allclose(scores, peak) and (maps.amax((1, 2)) > 1.01 * scores).all() != smooth
+
+
 def test_gms_is_its_definition():
     a, b = torch.rand(2, 1, 1, 9, 9)
     prewitt = torch.tensor([[-1.0, 0, 1]]).expand(3, 3) / 3
@@ -586,6 +604,8 @@ def test_dinos_weights_are_loaded_and_their_positions_resized(tmp_path):
     own = models.DinoSaliency(tmp_path / "dino.pth", 64).vit.state_dict()
     assert own["encoder.pos_embedding"].shape == (1, 1 + 8 * 8, 384)
     assert all(torch.equal(own[name], state[name]) for name in state)
+    same = models.DinoSaliency(tmp_path / "dino.pth", 224).vit.encoder.pos_embedding
+    assert torch.equal(same, first["pos_embed"])
 
 
 # --- the shortcut
@@ -673,6 +693,15 @@ def test_rarity_is_mahalanobis_distance_and_does_not_know_the_scale_of_channels(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # train.py
+
+
+def test_an_epoch_has_as_many_steps_as_told_and_a_schedule_the_papers_factors():
+    seen, lr = [], train.lr_factor
+    method, images = build("mlp"), torch.rand(3, 3, 128, 128)
+    train.fit(method, images, epochs=2, steps=5, batch_size=2, eval_every=5, observe=lambda step, *_: seen.append(step))
+    assert seen == [5, 10] and math.prod(METHODS["cutpaste"].paper[key] for key in ("epochs", "steps")) == 65_536
+    assert [lr("two-step", p) for p in (0.79, 0.8, 0.9)] == pytest.approx([1, 0.2, 0.04])
+    assert lr("exponential", 199 / 200) == pytest.approx(0.985**199, rel=0.03)  # FCDD's
 
 
 def test_muon_takes_the_steps_of_torch_optim_muon():
@@ -839,7 +868,7 @@ def test_padim_is_mahalanobis_distance_position_by_position(monkeypatch):
         assert np.allclose(maps[:, row, column], np.sqrt(squared), rtol=1e-3)
 
 
-@pytest.mark.parametrize("field, stride, seen", [(17, 4, 17), (33, 4, 30), (65, 8, 60)])
+@pytest.mark.parametrize("field, stride, seen", [(17, 4, 17), (33, 4, 32), (65, 8, 60)])
 def test_us_describes_a_patch_at_every_stride(field, stride, seen):
     (teacher,), image = build("us", fields=(field,)).eval().teachers, torch.rand(1, 3, 192, 192, requires_grad=True)
     out = teacher(image)
@@ -847,6 +876,7 @@ def test_us_describes_a_patch_at_every_stride(field, stride, seen):
     out[:, :, 12, 12].square().sum().backward()
     (rows,) = image.grad.abs().sum((0, 1, 3)).nonzero(as_tuple=True)
     assert rows[-1] - rows[0] + 1 == seen
+    assert (rows[0] + rows[-1] + 1) / 2 == pytest.approx(12.5 * stride, abs=0.5)  # centred on its cell
 
 
 def test_patch_svdd_is_patch_by_patch_and_searches_all_of_its_memory():
@@ -877,6 +907,15 @@ def test_draem_marks_what_it_changed():
     assert 0.3 < (~mask.flatten(1).any(1)).float().mean() < 0.8  # half, and those where the noise has no peak
     share = ((pasted - images) / (1 - images))[mask.expand_as(images)]
     assert 0.19 < share.min() and share.max() < 1.01  # beta is at most 0.8
+
+
+def test_fcdds_contrast_normalization_undoes_light_and_its_input_spans_0_to_1():
+    method, images = build("fcdd", contrast=True), torch.rand(2, 3, 128, 128) / 2
+    method.calibrate([images])
+    look = lambda x: method.range(method.local_contrast(x))
+    assert look(images).amin() >= 0 and look(images).amax() <= 1
+    assert torch.allclose(look(images), look(images * 1.5 + 0.1), atol=1e-5)
+    assert build("fcdd", contrast=True, augment=True).loss((images,), "train").isfinite()
 
 
 def test_fcdds_loss_is_its_formula():

@@ -204,8 +204,8 @@ def optimizers_for(method, parameters, recipe):
     """-> list of optimizers under one rate; for "muon" Muon of the linear layers' matrices, and AdamW of the rest."""
     how = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     adam = how | {"betas": (0.9, recipe.beta2), "fused": True}  # one kernel for all parameters
-    if recipe.optimizer == "sgd":
-        return [torch.optim.SGD(parameters, momentum=0.9, fused=True, **how)]
+    if recipe.optimizer in ("sgd", "nesterov"):
+        return [torch.optim.SGD(parameters, momentum=0.9, nesterov=recipe.optimizer == "nesterov", fused=True, **how)]
     if recipe.optimizer == "adam":
         return [torch.optim.Adam(parameters, **adam)]
     if recipe.optimizer == "adamw":
@@ -223,6 +223,10 @@ def lr_factor(schedule, progress):
         return progress / 0.3 + 0.01 if progress < 0.3 else (1 + math.cos(math.pi * (progress - 0.3) / 0.7)) / 2
     if schedule == "cosine":
         return (1 + math.cos(math.pi * progress)) / 2
+    if schedule == "exponential":
+        return 0.05**progress
+    if schedule == "two-step":
+        return 0.2 ** ((progress >= 0.8) + (progress >= 0.9))
     return 0.1 if schedule == "step" and progress >= 0.8 else 1.0
 
 
@@ -270,6 +274,7 @@ def fit(
         if resume and number < resume["stage"]:
             continue
         run = Stage(machine, method, recipe, parameters, len(images), (seed, number))
+        print0(f"{label} {stage}: {run.total} steps of {run.batch_size} images")
         if resume:
             run.load_state_dict(resume)
             resume = None
@@ -307,7 +312,7 @@ class Stage:
             self.module = nn.parallel.DistributedDataParallel(self.module)
         count //= WORLD  # every process takes the same number of steps, or some would wait for ever
         self.batch_size = min(recipe.batch_size, max(count, 1))
-        self.per_epoch = max(1, count // recipe.batch_size)
+        self.per_epoch = recipe.steps or max(1, count // recipe.batch_size)
         self.total, self.step, self.mean, self.order = recipe.epochs * self.per_epoch, 0, None, None
         method.train()
         if RANK:  # noise of its own in every process; the first one's is what a single process draws
@@ -318,7 +323,9 @@ class Stage:
         epoch, at = divmod(self.step, self.per_epoch)
         if at == 0 or self.order is None:  # from a generator of its own, so that a resumed run sees the same order
             generator = np.random.default_rng((*self.seeds, epoch, RANK))
-            self.order = torch.from_numpy(generator.permutation(len(prepared.indices)))
+            count = len(prepared.indices)
+            rounds = range(-(-self.per_epoch * self.batch_size // count))  # one, unless the recipe tells the steps
+            self.order = torch.from_numpy(np.concatenate([generator.permutation(count) for _ in rounds]))
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.lr * lr_factor(self.recipe.schedule, self.step / self.total)

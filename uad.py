@@ -268,6 +268,10 @@ def run(args, plan, loaded):
     return results
 
 
+def read(method, items):
+    return data.Images(items, method.size, method.resample)
+
+
 def find_data(root, names):
     """-> (root, categories), of the synthetic set in ./synthetic without a root. Says what is odd about them."""
     if root is None:
@@ -293,7 +297,7 @@ def fit_one(method, group, args, plan, machine, label, save, current):
     items = [item for category in group for item in category.train]
     order = np.random.default_rng(args.seed).permutation(len(items)).tolist()
     held = order[: min(round(args.holdout * len(items)), len(items) - 1)]
-    images = data.Images([items[i] for i in sorted(set(order) - set(held))], method.size)
+    images = read(method, [items[i] for i in sorted(set(order) - set(held))])
     curve = current["curve"] if current else []
 
     def observe(step, stage, loss):
@@ -317,7 +321,7 @@ def normal_range(method, items, quantile, machine):
 
     One model may score one part ten times as high as another: under "of", each category has its own.
     """
-    maps, scores = train.predict(method, data.Images(items, method.size), machine=machine)
+    maps, scores = train.predict(method, read(method, items), machine=machine)
     names = np.array([item.category for item in items])
 
     def limits(chosen):
@@ -334,7 +338,7 @@ def evaluate(method, categories, machine):
     rows = {}
     for category in categories:
         mine = range(RANK, len(category.test), WORLD)  # the test set is dealt out to the processes like cards
-        maps, scores = train.predict(method, data.Images(category.test, method.size), machine=machine, indices=mine)
+        maps, scores = train.predict(method, read(method, category.test), machine=machine, indices=mine)
         maps, scores = gather(mine, maps), gather(mine, scores)
         if not np.isfinite(scores).all():
             raise UserError(f"The scores of {category.name} are not finite: training diverged; lower lr.")
@@ -373,7 +377,7 @@ def copy_ratio(method, categories, machine):
     sums = []
     for item in itertools.chain(*(category.test for category in categories)):
         if item.twin and item.masks:
-            (pair,) = machine.prepare(method, data.Images([item.twin, item.path], method.size))
+            (pair,) = machine.prepare(method, read(method, [item.twin, item.path]))
             mask = torch.from_numpy(data.read_mask(item, method.size)).to(machine.device)
             sums.append(models.copy_ratio(method.reconstruction(pair), mask))
     if not sums or not sums[0]:
@@ -475,7 +479,7 @@ def panels(method, group, rows, entry, plan, machine, out):
     """panels/CATEGORY.png: the worst false alarms, the worst misses and the clearest find of each kind of defect."""
     decoder = None
     if plan.settings["decode"]:  # in every process, since they share the work
-        images = data.Images([item for category in group for item in category.train], method.size)
+        images = read(method, [item for category in group for item in category.train])
         decoder = train.fit(models.Decoder(method), images, machine=machine)
     for category in group if RANK == 0 else []:
         ranges, items = entry | entry["of"].get(category.name, {}), category.test
@@ -484,7 +488,7 @@ def panels(method, group, rows, entry, plan, machine, out):
         good, bad = ([i for i in order if items[i].label == label] for label in (0, 1))
         clearest = {items[i].defect: i for i in bad}  # the last of a kind has its highest score
         chosen = list(dict.fromkeys([*good[-2:][::-1], *bad[:2], *clearest.values()]))[:8]
-        images, shown = data.Images([items[i] for i in chosen], method.size), []
+        images, shown = read(method, [items[i] for i in chosen]), []
         (batch,) = machine.prepare(method, images)  # eight images: one batch
         maps = method.score(batch)[0].float().cpu().numpy()
         restored = restored_tiles(method.reconstruction(batch), decoder)
@@ -548,7 +552,7 @@ def predict(args, plan, loaded):
         lines.writerow(["image", "score", "threshold", "verdict", "overlay"])
         for path in paths:
             try:
-                image = data.read_image(path, method.size)
+                image = read(method, [path])[0]
             except data.DataError as error:
                 print(f"skipped: {error}", file=sys.stderr)
                 skipped += 1
