@@ -883,7 +883,8 @@ class UNet(nn.Module):
             nn.init.constant_(self.out.bias, 0.5)
 
     def forward(self, x, gates=None):
-        """gates: a function for each skip, shallow first, that attenuates it, or none (FADeR)."""
+        """gates: for each skip, shallow first, a function of it and of the decoder's own feature beside it that gives
+        what takes its place, or None (FADeR)."""
         skips = []
         for encoder, down in zip(self.encoder, self.down):
             skips.append(encoder(x))
@@ -892,7 +893,7 @@ class UNet(nn.Module):
         for i in reversed(range(len(skips))):
             x = self.up[i](self.enlarge(x))
             if self.skips:
-                skip = skips[i] if gates is None or gates[i] is None else gates[i](skips[i])
+                skip = skips[i] if gates is None or gates[i] is None else gates[i](skips[i], x)
                 x = torch.cat([x, skip], 1)
             x = self.decoder[i](x)
         return self.out(x).float() if self.pool else self.out(x).float().clamp(0, 1)
@@ -976,19 +977,25 @@ def lamp(error):
 class ImageMethod(Method):
     """Reconstructs the image itself with a U-Net; loss L2 + SSIM + multi-scale GMS, weights 1 (RIAD, EAR).
 
-    9.34 M parameters at width 64. Map: 1 - GMS averaged over scales and channels, no smoothing; score: its maximum.
+    Theirs: 256x256 and width 64, 9.34 M parameters; map: 1 - GMS averaged over scales and channels, no smoothing;
+    score: its maximum. Ours by default: 128x128 and width 16, for a CPU.
+    relative: the map is taken relative to its mean over normal images at the same place, where an edge is hard to
+    restore on every part, and smoothed (sigma = size / 64); score: the maximum of averages of size / 16 pixels a side.
+    Ours, as Rarity is; False is the papers' map and score.
     lamp: each of the three errors becomes -ln(1 - e). All must lie in [0,1), so 1 - SSIM, which reaches 2, enters as
     its half and counts twice.
     """
 
-    recipe = Recipe(epochs=100, lr=1e-3)
+    recipe = Recipe(epochs=30, lr=2e-3)
+    paper = {"size": 256, "width": 64, "relative": False, "epochs": 100, "lr": 1e-3}
     skips = True
 
-    def __init__(self, *, size=256, width=64, lamp=False):
+    def __init__(self, *, size=128, width=16, relative=True, lamp=False):
         super().__init__(size)
         require(size % 8 == 0, f"size={size} must be a multiple of 8: the network halves it three times.")
         at_least(4, width=width)
-        self.lamp = lamp
+        self.relative, self.lamp = relative, lamp
+        self.register_buffer("usual", torch.ones(1, 1, size, size))
         widths = (width, 2 * width, 4 * width, 8 * width)
         ups = [(w, w, w) for w in widths[:-1]]
         self.unet = UNet(3, 3, widths, ups, self.skips).to(memory_format=torch.channels_last)  # the faster layout
@@ -1011,9 +1018,25 @@ class ImageMethod(Method):
     def reconstruction(self, batch):
         return [(batch[-1], self.restore(batch))]
 
+    def error(self, batch):
+        """-> (B,1,S,S) in [0,1)"""
+        return multi_scale_gms_error(self.restore(batch), batch[-1]).mean(1, keepdim=True)
+
+    def smoothed(self, maps):
+        return gaussian_blur(maps, self.size / 64, self.size // 16)
+
+    def fit_statistics(self, batches):
+        if self.relative:
+            mean, count = 0.0, 0
+            for batch in batches():
+                mean, count = mean + self.error(batch).sum(0, keepdim=True), count + len(batch[0])
+            self.usual = self.smoothed(mean / count) + mean.mean() / count  # on flat ground it is nearly 0
+
     def score(self, batch):
-        maps = multi_scale_gms_error(self.restore(batch), batch[-1]).mean(1)
-        return maps, maps.amax((1, 2))
+        maps, pool = self.error(batch), 1
+        if self.relative:
+            maps, pool = self.smoothed(maps / self.usual), self.size // 16
+        return maps.squeeze(1), F.avg_pool2d(maps, pool, stride=1).amax((1, 2, 3))
 
 
 class AutoEncoder(ImageMethod):
@@ -1127,13 +1150,20 @@ class EAR(ImageMethod):
     saliency: "dino", "spectral" (needs no weights), "everywhere" (the whole image behind its mosaic), "nowhere", or
     "auto": DINO where its weights can be had, else everywhere, which cost 0.002 of AUROC in the paper's ablation.
     mosaic: block side m in pixels at 256x256, or "auto" (see `calibrate`).
+    Ours, and off in `paper`, because a U-Net that has only seen clean surroundings copies whatever is visible:
+    disturbed: the share of training images on which `disturb` pastes something, to be restored as well.
+    dropped: how often each skip loses random blobs (`drop_blobs`), so that the decoder learns to do without.
     """
 
-    paper = {"saliency": "dino"}
+    paper = {**ImageMethod.paper, "saliency": "dino", "disturbed": 0.0, "dropped": 0.0}
     MOSAICS = (64, 32, 16, 8, 4, 2)
 
-    def __init__(self, *, saliency="auto", mosaic="auto", weights="default", **options):
+    def __init__(
+        self, *, saliency="auto", mosaic="auto", weights="default", disturbed=0.7, dropped=0.6, **options
+    ):  # fmt: skip
         super().__init__(**options)
+        at_least(0, disturbed=disturbed, dropped=dropped)
+        self.disturbed, self.drops = disturbed, [partial(drop_blobs, share=dropped)] * 3 if dropped else None
         one_of(("auto", "dino", "spectral", "everywhere", "nowhere"), saliency=saliency)
         known = str(mosaic) in ("auto", *map(str, range(1, 257)))
         require(known, f"mosaic={mosaic} is no block side: give 1 to 256 pixels, or auto.")
@@ -1177,15 +1207,34 @@ class EAR(ImageMethod):
         find = self.backbone if self.saliency == "dino" else spectral_residual
         return salient(find(images), self.saliency)
 
-    def prepare(self, images):
+    def hide(self, images, s):
         if self.side is None:  # a number, since torch.export cannot follow the value of a tensor
             self.side = self.block.item() * self.size / 256
+        return images * (1 - s) + mosaic(images, self.side) * s
+
+    def prepare(self, images):
         s = self.mask(images)
-        return images * (1 - s) + mosaic(images, self.side) * s, images
+        return self.hide(images, s), s, images
+
+    def spoiled(self, batch, share):
+        """The network's input, a share of it with something pasted on the image. The mask stays the clean image's, so
+        it misses a part of what was pasted, as it would miss a defect."""
+        masked, s, image = batch
+        if not share:
+            return masked
+        chosen = torch.rand(len(image), 1, 1, 1, device=image.device) < share
+        return torch.where(chosen, self.hide(disturb(image)[0], s), masked)
+
+    def loss(self, batch, stage):
+        return self.image_loss(self.unet(self.spoiled(batch, self.disturbed), self.drops), batch[-1])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# FADeR
+def drop_blobs(skip, beside, share):
+    """A skip (B,C,h,w) with random blobs, 30 % of its area, set to zero on a share of the images."""
+    rand = partial(torch.rand, device=skip.device)
+    noise = F.interpolate(rand(len(skip), 1, 6, 6), skip.shape[-2:], mode="bicubic")
+    gone = noise < noise.flatten(1).quantile(0.3, 1)[:, None, None, None]
+    return skip * ~(gone & (rand(len(skip), 1, 1, 1) < share))
 
 
 def disturb(images):
@@ -1212,44 +1261,54 @@ def disturb(images):
     return images + (content - images) * strength, where
 
 
-class Attenuator(nn.Module):
-    """F' = a * F with a = sigmoid(W2 act(W1 F + b1) + b2), a two-layer perceptron at every place of (B,C,h,w)."""
+# ---------------------------------------------------------------------------------------------------------------------
+# FADeR
 
-    def __init__(self, channels):
+
+class Attenuator(nn.Module):
+    """F' = a * F, a = sigmoid(W2 act(W1 [F, D] + b1) + b2), a two-layer perceptron at every place of (B,C,h,w).
+
+    D is the decoder's own feature beside the skip F, in which the part is already restored from below: what F has and
+    D has not is suspect. Ours (beside); the paper's perceptron sees F alone.
+    """
+
+    def __init__(self, channels, beside=True):
         super().__init__()
-        self.inner = nn.Conv2d(channels, max(8, channels // 2), 1)
+        self.beside = beside
+        self.inner = nn.Conv2d(channels * (1 + beside), max(8, channels // 2), 1)
         self.outer = nn.Conv2d(self.inner.out_channels, 1, 1)
         nn.init.constant_(self.outer.bias, 3.0)  # a = 0.95: it starts by keeping nearly everything
 
-    def logits(self, skip):
-        return self.outer(F.leaky_relu(self.inner(skip), 0.2))
+    def logits(self, skip, beside):
+        x = torch.cat([skip, beside], 1) if self.beside else skip
+        return self.outer(F.leaky_relu(self.inner(x), 0.2))
 
-    def forward(self, skip):
-        return skip * self.logits(skip).sigmoid()
+    def forward(self, skip, beside):
+        return skip * self.logits(skip, beside).sigmoid()
 
 
 class FADeR(EAR):
     """Feature Attenuation of Defective Representation: where EAR's mask misses part of a defect, the skips carry it
     over; a small perceptron on each skip learns to damp what leads to a wrong reconstruction.
 
-        F' = a * F,   a = sigmoid(W2 act(W1 F + b1) + b2) in (0,1),   target a = 1 - scaled reconstruction error
+        F' = a * F,   a = sigmoid(W2 act(W1 [F, D] + b1) + b2) in (0,1),   target a = 1 - scaled reconstruction error
 
     Stage 1 trains EAR, stage 2 freezes it and trains the attenuators alone. Park et al., arXiv 2407.04597, 2024.
     The paper: two layers, soft masks on the skips, signals from patch-wise reconstruction errors, no defect labels, any
-    deterministic masking. Ours, since normal images alone would only say "keep": the errors come from `disturb`, pasted
-    over the visible part of the masked input and of which the clean image is known.
-    target: "error" fits a to 1 - error per patch; "restore" trains a through the frozen decoder to restore the image.
+    deterministic masking. Ours, since normal images alone would only say "keep": the errors come from images with
+    something pasted on (`disturb`), of which the clean image is known; and D (see Attenuator).
     attenuate: which skips, 0 = shallow; () is EAR. shallow_off: the control, the shallow skip switched off and no
     attenuator.
     """
 
-    def __init__(self, *, target="error", attenuate=(0, 1, 2), shallow_off=False, **options):
+    paper = {**EAR.paper, "beside": False}
+
+    def __init__(self, *, attenuate=(0, 1, 2), beside=True, shallow_off=False, **options):
         super().__init__(**options)
-        one_of(("error", "restore"), target=target)
         require(set(attenuate) <= {0, 1, 2}, f"attenuate={attenuate} must be a choice of the skips 0, 1 and 2.")
-        self.target, self.shallow_off = target, shallow_off
+        self.shallow_off = shallow_off
         channels = [block[0][0].out_channels for block in self.unet.encoder]
-        self.attenuators = nn.ModuleList(Attenuator(c) for c in channels)
+        self.attenuators = nn.ModuleList(Attenuator(c, beside) for c in channels)
         self.gates = [self.attenuators[i] if i in attenuate else None for i in range(3)]
 
     def stages(self):
@@ -1258,28 +1317,25 @@ class FADeR(EAR):
         return stages if chosen else stages[:1]
 
     def restore(self, batch):
-        gates = [lambda skip: skip * 0, None, None] if self.shallow_off else self.gates
+        gates = [lambda skip, _: skip * 0, None, None] if self.shallow_off else self.gates
         return self.unet(batch[0], gates)
 
     def loss(self, batch, stage):
         if stage == "u-net":
-            return self.image_loss(self.unet(batch[0]), batch[-1])
+            return super().loss(batch, stage)
         self.unet.eval()  # its BatchNorm statistics are frozen with it
-        masked, image = batch
-        disturbed, where = disturb(image)
-        seen = masked * (1 - where) + disturbed * where  # an incomplete mask: just what is wrong shows
-        if self.target == "restore":
-            return self.image_loss(self.unet(seen, self.gates), image)
-        skips = []
+        seen, image = self.spoiled(batch, 0.7), batch[-1]
+        heard = []
         with torch.no_grad():
-            restored = self.unet(seen, [lambda skip: skips.append(skip) or skip] * 3)  # listens in, changes nothing
+            restored = self.unet(seen, [lambda *pair: heard.append(pair) or pair[0]] * 3)  # listens in, changes nothing
             error = (restored - image).abs().mean(1, keepdim=True)
         total = 0.0
-        for gate, skip in zip(self.gates, reversed(skips)):
+        for gate, pair in zip(self.gates, reversed(heard)):
             if gate is not None:
-                patch = F.adaptive_avg_pool2d(error, skip.shape[-2:])
-                keep = 1 - patch / patch.amax().clamp(min=1e-6)
-                total = total + F.binary_cross_entropy_with_logits(gate.logits(skip).float(), keep)
+                patch = F.adaptive_avg_pool2d(error, pair[0].shape[-2:])
+                top = patch.flatten().quantile(0.995).clamp(min=1e-6)  # the maximum is a single patch's opinion
+                keep = 1 - (patch / top).clamp(max=1)
+                total = total + F.binary_cross_entropy_with_logits(gate.logits(*pair).float(), keep)
         return total
 
 

@@ -415,7 +415,7 @@ def build(name, **options):
     [
         ("uniad", {"backbone": "efficientnet_b4", "weights": "none", "size": 224}, 7_717_392),
         ("rlr", {"backbone": "efficientnet_b6", "weights": "none", "size": 256}, 21_514_512),
-        ("unet", {}, 9_339_651),
+        ("unet", {"width": 64}, 9_339_651),
         ("draem", {"width": 128}, 97_422_725),
         ("mkd", {"backbone": "vgg16", "weights": "none", "standardize": False}, 343_984),
     ],
@@ -579,6 +579,19 @@ def test_the_mosaic_is_a_gaussian_mean_at_the_centre_of_each_block(m):
     assert torch.allclose(models.mosaic(image, m), F.interpolate(means, scale_factor=m), atol=2e-3)
 
 
+def test_a_dropped_skip_loses_blobs_of_some_images_and_a_relative_map_knows_what_is_usual():
+    skip = torch.ones(400, 2, 16, 16)
+    lost = (models.drop_blobs(skip, None, 0.6) == 0).float().mean((1, 2, 3))
+    assert (lost > 0).float().mean() == pytest.approx(0.6, abs=0.1)
+    assert lost[lost > 0].mean() == pytest.approx(0.3, abs=0.02)
+    method, batch = build("unet").eval(), [torch.rand(4, 3, 128, 128)]
+    method.fit_statistics(lambda: [batch])
+    method.fitted = True
+    maps, scores = method.score(batch)
+    assert maps.mean() == pytest.approx(1 / 2, abs=0.05)  # the error of the very images that are usual
+    assert torch.allclose(scores, F.avg_pool2d(maps[:, None], 8, 1).amax((1, 2, 3)))
+
+
 def test_lamp_has_the_gradient_of_its_formula_and_stays_finite():
     error = torch.tensor([0.0, 0.1, 0.9, 1.0], requires_grad=True)
     value = models.lamp(error)
@@ -590,7 +603,7 @@ def test_lamp_has_the_gradient_of_its_formula_and_stays_finite():
 @pytest.mark.parametrize("saliency, low, high", [("spectral", 0.01, 0.99), ("everywhere", 1, 1), ("nowhere", 0, 0)])
 def test_ear_hides_what_is_salient_behind_the_mosaic(saliency, low, high):
     method, images = build("ear", saliency=saliency), torch.rand(2, 3, 128, 128)
-    hidden, original = method.prepare(images)
+    hidden, _, original = method.prepare(images)
     mask = method.mask(images)
     assert low <= mask.mean() <= high and torch.equal(original, images)
     assert torch.allclose(hidden, torch.where(mask > 0, models.mosaic(images, 8), images))  # 16 at 256 is 8 at 128
@@ -663,9 +676,13 @@ def test_an_mlp_copies_defects_and_uniad_without_its_query_but_not_with_it_nor_r
 
 def test_what_a_u_net_copies_is_restored_where_it_is_hidden_and_damped_where_it_shows():
     unet, ear, fader = build("unet", size=64), build("fader", size=64, attenuate=()), build("fader", size=64)
-    shares = [copied(method, epochs=6, lr=2e-3) for method in (unet, ear, fader)]
+    shares = [copied(method, epochs=6, lr=2e-3) for method in (unet, ear)]
+    fader.load_state_dict(ear.state_dict())
+    second = fader.stages()[1:]
+    fader.stages = lambda: second
+    shares.append(copied(fader, epochs=6, lr=1e-2))
     print("copy ratio: U-Net, EAR, FADeR", shares)
-    assert shares[0] > shares[1] + 0.1 and shares[1] > shares[2] + 0.002
+    assert shares[0] > shares[1] + 0.1 and shares[1] > shares[2] + 0.005
     before, after = (method.unet.state_dict().values() for method in (ear, fader))
     assert all(map(torch.equal, before, after))  # the second stage trains the attenuators alone
 

@@ -50,12 +50,11 @@ from train import RANK, WORLD, UserError, print0
 
 METHODS = models.METHODS | baselines.METHODS
 SETTINGS = {"precision": "auto", "workers": os.cpu_count() or 1, "save_every": 60.0, "decode": False}  # the program's
-SMALL = {"size": 128, "width": 16, "epochs": 15}
 DEMO = {  # what runs on the synthetic set change, to end in minutes on a CPU
     "mlp": {"epochs": 90},
     "uniad": {"epochs": 65, "lr": 4e-3, "width": 128, "hidden": 256, "layers": 1},
     "rlr": {"size": 128},
-    **dict.fromkeys(("ae", "unet", "ear", "fader"), SMALL),
+    **dict.fromkeys(("ae", "unet", "ear", "fader"), {"epochs": 15}),
 }
 
 
