@@ -164,7 +164,7 @@ def _visa_rows(root):
     except (csv.Error, UnicodeDecodeError) as error:
         raise DataError(f"{table} cannot be read as CSV ({error}); download it again") from error
     for name in categories:
-        if not re.fullmatch(r"[\w-][\w .-]*", name):  # it becomes the name of files
+        if not re.fullmatch(r"[\w-][\w .-]*", name or ""):  # it becomes the name of files
             raise DataError(f"{table} has a category {name!r}, which is no name of a folder; download it again")
     return categories
 
@@ -219,13 +219,14 @@ def read_mask(item, size) -> np.ndarray:
     merged = np.zeros((size, size), bool)
     for path in item.masks:
         with _opened(item.path) as image, _opened(path) as mask:
+            least = 127 if mask.format == "JPEG" else 0  # whose black is not quite black beside white
             if _upright_size(image) != _upright_size(mask):
                 raise DataError("{} is {}x{} but its image {} is {}x{}; export the mask at the image's size".format(
                     path, *_upright_size(mask), item.path, *_upright_size(image)))
             mask = ImageOps.exif_transpose(mask)
             # Deep greys are compared as they are: scaled to 8 bits, a label of 1 in 65535 would vanish.
             deep = mask.mode[0] in "IF"
-            defective = np.asarray(mask) > 0 if deep else (np.asarray(_to_rgb(mask)) > 0).any(axis=2)
+            defective = np.asarray(mask) > 0 if deep else (np.asarray(_to_rgb(mask)) > least).any(axis=2)
         resized = Image.fromarray(defective).resize((size, size), Image.Resampling.NEAREST)
         merged |= np.asarray(resized)
     return merged

@@ -154,9 +154,9 @@ class Method(nn.Module):
         return []
 
     def load_state_dict(self, state, strict=True, assign=False):
-        """As PyTorch's, but statistics take the shape they were saved with: some grow while they are fitted."""
+        """As PyTorch's, but empty statistics take the shape they were saved with: some grow while they are fitted."""
         for name, own in list(self.named_buffers()):
-            if name in state and state[name].shape != own.shape:
+            if name in state and not own.numel():
                 owner, _, leaf = name.rpartition(".")
                 self.get_submodule(owner)._buffers[leaf] = torch.empty_like(state[name], device=own.device)
         keys = super().load_state_dict(state, strict, assign)
@@ -364,7 +364,7 @@ class Backbone(Frozen):
             state = download(url, "backbone=efficientnet_lite2") if weights == "default" else load_weights(weights)
             try:
                 net.load_state_dict(state)
-            except RuntimeError:
+            except (RuntimeError, TypeError):
                 raise MethodError(f"{weights} does not hold the weights of {name}: name its own file.") from None
         return list(net.features if hasattr(net, "features") else net.children())
 
@@ -381,9 +381,9 @@ def download(url, instead):
     """A state dict of torch.hub's cache, else of the network. Raises MethodError; instead: what needs no download."""
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except Exception as error:  # of the network, or of what lies in the cache
         file, place = url.rsplit("/", 1)[1], f"{torch.hub.get_dir()}/checkpoints"
-        message = f"Could not download {file} ({error}): put it into {place}, give it as weights, or use {instead}."
+        message = f"Could not load {file} ({error}): put it into {place}, give it as weights, or use {instead}."
         raise MethodError(message) from None
 
 
@@ -1030,7 +1030,7 @@ class ImageMethod(Method):
             mean, count = 0.0, 0
             for batch in batches():
                 mean, count = mean + self.error(batch).sum(0, keepdim=True), count + len(batch[0])
-            self.usual = self.smoothed(mean / count) + mean.mean() / count  # on flat ground it is nearly 0
+            self.usual = self.smoothed(mean / count) + 0.3 * mean.mean() / count  # on flat ground it is nearly 0
 
     def score(self, batch):
         maps, pool = self.error(batch), 1
@@ -1113,7 +1113,7 @@ class DinoSaliency(Frozen):
             names.insert(1, names.pop(names.index("encoder.pos_embedding")))
             state = dict(zip(names, {**state, "pos_embed": torch.cat([cls, to_tokens(grid)], 1)}.values(), strict=True))
             self.vit.load_state_dict(state)
-        except (KeyError, RuntimeError, ValueError):
+        except (KeyError, RuntimeError, TypeError, ValueError):
             raise MethodError(f"{source} does not hold DINO ViT-S/8: the file wanted is {self.FILE}.") from None
 
     @torch.no_grad()

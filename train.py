@@ -24,9 +24,10 @@ import torch
 from torch import nn
 
 CHUNK = 16  # images prepared or scored at a time
-BY_TORCHRUN = all(os.environ.get(name, "").isdecimal() for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+LAUNCH = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
+BY_TORCHRUN = all(map(str.isdecimal, LAUNCH)) and int(LAUNCH[0]) < int(LAUNCH[1]) and "MASTER_ADDR" in os.environ
+RANK, WORLD = map(int, LAUNCH[:2]) if BY_TORCHRUN else (0, 1)
 RAM = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
-RANK, WORLD = (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if BY_TORCHRUN else (0, 1)
 
 
 class UserError(Exception):
@@ -37,10 +38,13 @@ class UserError(Exception):
 # Where it runs, and what it says
 
 
-def print0(*words):
-    """print, in the process of rank 0 alone."""
-    if RANK == 0:
-        print(*words, flush=True)
+def print0(*words, end="\n"):
+    """print, in the process of rank 0 alone; and on without it when the reader of a pipe, such as head, has gone."""
+    try:
+        if RANK == 0:
+            print(*words, end=end, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
 
 
 class Progress:
@@ -55,7 +59,7 @@ class Progress:
             spent = time.perf_counter() - self.start
             left = spent / done * (self.total - done)
             line = f"{self.label} {done}/{self.total}{text}  {spent:.0f} s, {left:.0f} s left"
-            print(f"\r{line:<100}" if terminal else line, end="" if terminal and not end else "\n", flush=True)
+            print0(f"\r{line:<100}" if terminal else line, end="" if terminal and not end else "\n")
         self.tenth = tenth
 
 
@@ -67,7 +71,9 @@ def pick_device(name):
         if WORLD > 1 and name != "cpu":
             name = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(name)
-        return torch.empty(0, device=name).device
+        if torch.device(name).type in ("cpu", "cuda"):
+            return torch.empty(0, device=name).device
+        raise RuntimeError
     except (AssertionError, RuntimeError):
         raise UserError(f"There is no device {name} here: choose auto, cpu, cuda or cuda:N.") from None
 
@@ -266,8 +272,8 @@ def fit(
         if WORLD == 1 and prepared.tensors:
             chunks = torch.arange(len(images)).split(CHUNK)
             everything = lambda: map(prepared.batch, chunks)
-    if resume and resume["stage"] not in range(len(stages)):
-        raise UserError(f"The saved state is of stage {resume['stage']}, and there are {len(stages)}: start again.")
+    if resume and resume.get("stage") not in range(len(stages)):
+        raise UserError(f"The saved state is of stage {resume.get('stage')} of {len(stages)}: start again.")
     for number, (stage, parameters) in enumerate(stages):
         if resume and number < resume["stage"]:
             continue
@@ -351,17 +357,20 @@ class Stage:
                 "state": trained_state(self.method)}  # fmt: skip
 
     def load_state_dict(self, state):
-        if state["step"] not in range(self.total):
-            raise UserError(f"The saved state is of step {state['step']} of {self.total}: start again.")
-        restore(self.method, state["state"])
+        if state.get("step") not in range(self.total):
+            raise UserError(f"The saved state is of step {state.get('step')} of {self.total}: start again.")
         try:
+            restore(self.method, state["state"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 optimizer.load_state_dict(saved)
-        except (KeyError, TypeError, ValueError):
-            raise UserError("The saved state is of other optimizers: start again.") from None
-        self.step, self.mean = state["step"], torch.tensor(state["loss"], device=self.machine.device)
-        cpu, *cuda = state["random"]  # none of a GPU where the run began on a CPU
-        torch.set_rng_state(cpu)
+                for p, own in optimizer.state.items():
+                    if any(value.shape not in (p.shape, ()) for value in own.values()):
+                        raise ValueError  # the fused kernels would read beyond their memory
+            self.step, self.mean = state["step"], torch.tensor(state["loss"], device=self.machine.device)
+            cpu, *cuda = state["random"]  # none of a GPU where the run began on a CPU
+            torch.set_rng_state(cpu)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"The saved state is damaged ({type(error).__name__}): start again.") from None
         if cuda and self.machine.device.type == "cuda":
             torch.cuda.set_rng_state(cuda[0], self.machine.device)
         if RANK:
@@ -411,7 +420,7 @@ def restore(method, state):
     """Loads what `trained_state` gave. Raises UserError where it does not fit or a value is not finite."""
     try:
         missing, unexpected = method.load_state_dict(state, strict=False)
-    except RuntimeError as error:
+    except (AttributeError, RuntimeError, TypeError) as error:
         raise UserError(f"The saved state does not fit: {str(error).splitlines()[-1].strip()}") from None
     wrong = [name for name in missing if not name.startswith("backbone.")] + unexpected
     if wrong:

@@ -165,13 +165,17 @@ def parse(argv):
         raise UserError(f"--method {args.method}: {args.load} is a checkpoint of {name}: leave the option out.")
     defaults = defaults_of(METHODS[name])
     if loaded:
-        if args.separate or args.resume or args.holdout or args.eval_every or args.recipe == "paper":
-            raise UserError("--separate, --resume, --holdout, --eval-every and --recipe are of no use with --load.")
+        training = ("separate", "seed", "recipe", "eval_every", "holdout", "quantile", "resume")
+        vain = [f"--{flag.replace('_', '-')}" for flag in training if getattr(args, flag) != flags().get_default(flag)]
+        vain += [word for word in given if word.split("=")[0] in loaded["recipe"]]
+        if vain or not loaded["models"]:
+            why = f"is trained: leave out {' '.join(vain)}." if vain else "holds no finished model: use --resume."
+            raise UserError(f"{args.load} {why}")
         values, saved = defaults, loaded["options"] | loaded["recipe"]
         changed = {k: v for k, v in saved.items() if k not in defaults or v != defaults[k]}
         given = [f"{k}={as_text(v)}" for k, v in changed.items()] + given  # as words: somebody may have edited them
-        args.separate = loaded["run"]["separate"]
-        args.data, args.categories = args.data or loaded["run"]["data"], args.categories or loaded["run"]["categories"]
+        asked = {name: getattr(args, name) for name in ("data", "categories") if getattr(args, name)}
+        vars(args).update(loaded["run"] | asked)
     else:
         values = defaults | (DEMO.get(name, {}) if args.data is None else {})
         values |= METHODS[name].paper if args.recipe == "paper" else {}
@@ -182,7 +186,7 @@ def parse(argv):
         values[key] = typed(key, text, defaults[key])
     if args.help:
         words = " ".join(f"{key}={as_text(value)}" for key, value in values.items())
-        print(flags().format_help(), f"name=value, with the defaults of {name}:", textwrap.fill(words, 118), sep="\n")
+        print0(f"{flags().format_help()}\nname=value, with the defaults of {name}:\n{textwrap.fill(words, 118)}")
         sys.exit(0)
     part = lambda keys: {key: values[key] for key in keys}
     recipe = models.Recipe(**part(dataclasses.asdict(METHODS[name].recipe)))
@@ -194,8 +198,9 @@ def check(args, plan, loaded):
     for wrong, message in (
         ({args.predict, args.export} != {None} and not loaded, "--predict and --export need --load."),
         (None not in (args.predict, args.export), "--predict and --export: one at a time."),
-        (args.export is not None and os.path.realpath(args.export) in map(os.path.realpath, (".", args.load or ".")),
-         "--export needs the name of a file of its own."),
+        (not (args.export or ".pt2").endswith(".pt2"), "--export needs the name of a file that ends in .pt2."),
+        ("" in (args.predict, args.export, args.data, args.out), "--predict, --export, --data and --out need a name."),
+        (args.compare and (args.load or args.method or args.data), "--compare stands alone."),
         (WORLD == 1 and not train.BY_TORCHRUN and {"RANK", "WORLD_SIZE"} & set(os.environ),
          "RANK or WORLD_SIZE is set, but not by torchrun: unset them, or start with torchrun."),
         (not 0 <= args.seed < 2**63, "--seed must be at least 0 and below 2^63."),
@@ -217,11 +222,7 @@ def run(args, plan, loaded):
     start, machine = time.perf_counter(), plan.machine(args.device)
     root, categories = find_data(args.data, args.categories)
     out = Path(args.out or (Path(args.load).parent / "evaluation" if loaded else default_out(args, plan.name)))
-    if out.resolve().is_relative_to(Path(root).resolve()):
-        raise UserError(f"--out {out} lies in the data's folder {root}: name another one.")
-    writable(out)
-    for old in (*out.glob("curve*.png"), *out.glob("panels/*.png")):  # must not be taken for this run's
-        old.unlink()
+    writable(out, root)
     about = {name: getattr(args, name) for name in ("data", "categories", "separate", "seed", "holdout", "quantile")}
 
     content = {"version": VERSION, "method": plan.name, "options": plan.options, "run": about,
@@ -235,6 +236,8 @@ def run(args, plan, loaded):
     for label, group in {c.name: [c] for c in categories}.items() if args.separate else [("all", categories)]:
         method = plan.build(args.seed).to(machine.device)
         plan.options |= method.settled
+        if not ratios:
+            clear(out)
         print0(f"{plan.name}, {label}: {', '.join(c.name for c in group)}; seed {args.seed}, {machine.device}; "
             f"changed from the defaults: {plan.changed() or 'nothing'}")  # fmt: skip
         entry = next((e for e in content["models"] if e["name"] == label), None)
@@ -293,11 +296,13 @@ def default_out(args, name):
 
 def fit_one(method, group, args, plan, machine, label, save, current):
     """Trains a method on the normal images of a group of categories. -> entry of the checkpoint, with thresholds"""
-    items = [item for category in group for item in category.train]
-    order = np.random.default_rng(args.seed).permutation(len(items)).tolist()
-    held = order[: min(round(args.holdout * len(items)), len(items) - 1)]
-    images = read(method, [items[i] for i in sorted(set(order) - set(held))])
-    curve = current["curve"] if current else []
+    order, held, some = np.random.default_rng(args.seed), set(), []
+    for category in group:  # of each, or it would have no threshold of its own
+        own = [category.train[i] for i in order.permutation(len(category.train))]
+        held |= set(own[: min(math.ceil(args.holdout * len(own)), len(own) - 1)])
+        some += own[: max(256 // len(group), 1)]
+    images = read(method, [item for category in group for item in category.train if item not in held])
+    curve = current.get("curve", []) if current else []
 
     def observe(step, stage, loss):
         """A diagnostic only: results are those of the final epoch, whatever the curve's peak."""
@@ -310,7 +315,7 @@ def fit_one(method, group, args, plan, machine, label, save, current):
     train.fit(method, images, machine=machine, seed=args.seed, label=label, eval_every=args.eval_every, observe=observe,
               save_every=plan.settings["save_every"], save=lambda state: save(state | {"curve": curve}), resume=current,
               **dataclasses.asdict(plan.recipe))  # fmt: skip
-    normal = [items[i] for i in sorted(held or order[:256])]
+    normal = sorted(held, key=str) or some
     entry = {"name": label, "state": train.trained_state(method), "backbone": train.checksum(method), "curve": curve}
     return entry | {"held_out": bool(held)} | normal_range(method, normal, args.quantile, machine)
 
@@ -415,10 +420,9 @@ def verify(content):
     for entry in content["models"]:
         itemgetter("name", "backbone", "curve", "held_out")(entry)
         for part in (entry, *entry["of"].values()):
-            if not all(map(math.isfinite, itemgetter("threshold", "low", "high")(part))):
+            low, high, threshold = itemgetter("low", "high", "threshold")(part)
+            if not (-math.inf < low < high < math.inf and math.isfinite(threshold)):
                 raise ValueError
-        if not all(isinstance(value, torch.Tensor) for value in entry["state"].values()):
-            raise TypeError
 
 
 def resume_from(path, content):
@@ -430,7 +434,7 @@ def resume_from(path, content):
         for key, value in content[part].items():
             if value not in ("auto", found.get(part, {}).get(key)):
                 raise UserError(f"--resume: {path} is of a run with another {key}: give the same options again.")
-    return found
+    return {"current": None} | found
 
 
 def reload(method, entry):
@@ -441,15 +445,23 @@ def reload(method, entry):
     return method.eval()
 
 
-def writable(out):
-    """Makes the folder and tries it, before any work is done for it. Raises UserError."""
+def clear(out):
+    """Removes an earlier run's pictures, which would be taken for this one's, and what a killed one was writing."""
+    if (out / "results.json").exists() or (out / "unfinished.pt").exists():
+        for pattern in ("curve.png", "curve-*.png", "panels/*.png", "*.pt.part", "*.json.part", "p*/*.part"):
+            for old in out.glob(pattern):
+                old.unlink()
+
+
+def writable(out, source):
+    """Makes the folder and tries it, before any work is done for it. Raises UserError, also if it lies in source."""
+    if out.resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(f"--out {out} lies in {source}, where images are read: name another folder.")
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".try{RANK}"
         probe.touch()
         probe.unlink()
-        for half in out.rglob("*.part"):  # what a killed run was writing
-            half.unlink()
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error}): name another folder.") from None
 
@@ -526,7 +538,7 @@ def load_for_use(args, plan, loaded):
         raise UserError(f"--categories: {args.load} knows {', '.join(known)}: name one of them.")
     machine, entry = plan.machine(args.device), known[named[0]] if named else entries[0]
     own = entry["of"][named[0]] if len(named) == 1 else {}
-    return reload(plan.build(0).to(machine.device), entry), machine, entry | own
+    return reload(plan.build(args.seed).to(machine.device), entry), machine, entry | own
 
 
 def predict(args, plan, loaded):
@@ -540,7 +552,7 @@ def predict(args, plan, loaded):
     if not paths:
         raise UserError(f"--predict {source} holds no image ({', '.join(sorted(data.EXTENSIONS))}).")
     out = Path(args.out or Path(args.load).parent / "predictions")
-    writable(out)
+    writable(out, source)
     if len(entry["of"]) > 1 and len(args.categories or []) != 1:
         print0(f"note: one threshold for {', '.join(entry['of'])} together; name one with --categories for its own")
     if not entry["held_out"]:
@@ -610,9 +622,9 @@ leather 100/98.8 tile 99.3/91.8 wood 98.6/93.2"""
 def compare(folders):
     """The results of several runs side by side; runs that differ in their seed alone as mean ± standard deviation."""
     groups = {}
-    for folder in map(Path, folders):
+    for folder in dict.fromkeys(map(Path, folders)):
         try:
-            found = json.loads((folder / "results.json").read_text())
+            found = json.loads((folder / "results.json").read_text() if (folder / "results.json").is_file() else "")
             key = json.dumps([found["method"], found["config"] | {"seed": None}])
             for row in (found["mean"], *found["categories"].values()):
                 cell([row])
@@ -668,6 +680,8 @@ def main(argv=None):
         check(args, plan, loaded)
         if WORLD > 1 and not dist.is_initialized():
             dist.init_process_group()
+        if RANK and (args.compare or loaded and (args.predict or args.export)):
+            return 0  # one process is enough
         if args.compare:
             return compare(args.compare)
         if args.predict is not None:
@@ -680,17 +694,15 @@ def main(argv=None):
         return 0
     except (UserError, data.DataError, models.MethodError, synthetic.SyntheticError) as error:
         message = str(error)
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        sys.stdout = open(os.devnull, "w")
-        return 0
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         message = f"{error}: {'free some space, or name another --out' if full else 'see to that file or folder'}."
     except (MemoryError, RuntimeError) as error:
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not full:
+        if not full and not isinstance(error, torch.linalg.LinAlgError):
             raise
         message = "The memory is full: lower --batch-size or --size."
+        message = message if full else "The statistics have no inverse, so training has diverged: lower lr."
     except KeyboardInterrupt:
         print("\ninterrupted: the same command with --resume goes on from the last save, if any", file=sys.stderr)
         return 130

@@ -1,6 +1,7 @@
 """Draws the README's pictures, from the repository's root:
 
     python pictures/draw.py first                                 first.png: what the demo's MLP and UniAD restore
+    python pictures/draw.py fader runs/fader-synthetic            fader.png: what the attenuators take away
     python pictures/draw.py curve runs/mlp-long runs/uniad-DATA   curve.png: of two runs with --eval-every
 """
 
@@ -21,7 +22,7 @@ import uad
 def first():
     """Of each category the defect on which the two differ most: the part, both restorations and maps, the truth."""
     _, categories = uad.find_data(None, None)
-    normal = data.Images([item for category in categories for item in category.train], 224)
+    parts = data.Images(normal(categories), 224)
     above = {}  # how far each score is above its threshold
     for name in ("mlp", "uniad"):
         rows = json.loads(Path(f"runs/{name}-synthetic/results.json").read_text())["categories"]
@@ -39,7 +40,7 @@ def first():
         _, plan, loaded = uad.parse(["--load", f"runs/{name}-synthetic/checkpoint.pt"])
         (entry,) = loaded["models"]
         method = uad.reload(plan.build(0), entry)
-        decoder = train.fit(models.Decoder(method), normal, label=name)
+        decoder = train.fit(models.Decoder(method), parts, label=name)
         (batch,) = train.Machine().prepare(method, images)
         with torch.no_grad():
             pictures = decoder([restored for _, restored in method.reconstruction(batch)])
@@ -53,6 +54,43 @@ def first():
         row["images"]["truth"] = data.read_mask(item, 224)
     picture = figures.panel(rows, 0, 1, "The defects on which they differ most", "Scores are UniAD's.")
     figures.save(picture, "pictures/first.png")
+
+
+def fader(run):
+    """Of each category the defect where FADeR's score gains most on that of EAR, which is FADeR without attenuators."""
+    _, categories = uad.find_data(None, None)
+    machine, found = train.Machine(), {}
+    for name, words in (("EAR", ["attenuate="]), ("FADeR", [])):
+        _, plan, loaded = uad.parse(["--load", f"{run}/checkpoint.pt", *words])
+        (entry,) = loaded["models"]
+        found[name] = method = uad.reload(plan.build(0), entry)
+        method.fit_statistics(lambda method=method: machine.prepare(method, uad.read(method, normal(categories))))
+    rows = []
+    for category in categories:
+        items = [item for item in category.test if item.label]
+        scores = {name: train.predict(method, uad.read(method, items))[1] for name, method in found.items()}
+        chosen = items[int((scores["FADeR"] / scores["EAR"]).argmax())]
+        image, size = uad.read(method, [chosen]), method.size
+        (batch,) = machine.prepare(method, image)
+        picture = lambda x: (x[0].movedim(0, -1).clamp(0, 1) * 255).byte().numpy()
+        images = {"defective part": image[0], "what the mask leaves": picture(batch[0])}
+        maps = {}
+        for name, method in found.items():
+            with torch.no_grad():
+                images[f"{name} restores"] = picture(method.restore(batch))
+            maps[name] = train.predict(method, image)[0][0]
+        low, high = entry["of"][category.name]["low"], entry["of"][category.name]["high"]
+        for name, value in maps.items():
+            images[f"its map, {name}"] = figures.overlay(image[0], value, low, high)
+        images["truth"] = data.read_mask(chosen, size)
+        score = float(scores["FADeR"][items.index(chosen)])
+        rows.append({"name": f"{category.name}: {chosen.defect}", "score": score, "verdict": "", "images": images})
+    picture = figures.panel(rows, 0, 1, "The defects on which FADeR gains most on EAR", "Scores are FADeR's.")
+    figures.save(picture, "pictures/fader.png")
+
+
+def normal(categories):
+    return [item for category in categories for item in category.train]
 
 
 def curve(copier, remedy):
@@ -70,4 +108,4 @@ def curve(copier, remedy):
 
 
 if __name__ == "__main__":
-    {"first": first, "curve": curve}[sys.argv[1]](*sys.argv[2:])
+    {"first": first, "fader": fader, "curve": curve}[sys.argv[1]](*sys.argv[2:])
