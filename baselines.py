@@ -340,12 +340,13 @@ class MKD(Method):
         self.backbone = Backbone(backbone, weights)
         self.clone = nn.ModuleList()
         inp, side = 3, 64
-        for i, level in enumerate(self.backbone(torch.zeros(1, inp, side, side))):  # one block a level
+        levels = self.backbone(torch.zeros(1, inp, side, side))
+        for i, level in enumerate(levels):  # one block a level
             layers = []
             for out in [width] * (1 if i < 2 else 2):
                 layers += [nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
                 inp = out
-            out = level.shape[1] if i else width  # the first level is not compared
+            out = level.shape[1] if i or len(levels) < 4 else width  # of four or more the first is not compared
             layers += [nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.Identity() if standardize else nn.ReLU()]
             self.clone.append(nn.Sequential(*layers, nn.MaxPool2d(side // level.shape[-1])))
             inp, side = out, level.shape[-1]

@@ -63,7 +63,7 @@ class Recipe:
     schedule: str = "one-cycle"  # one-cycle: 30 % warm-up, cosine to 0 | cosine | exponential: to 5 % | constant |
     # step: x0.1 after 80 % | two-step: x0.2 after 80 % and after 90 %
     clip: float = 0.0  # the gradient's norm is clipped to this; 0: not at all
-    steps: int = 0  # of an epoch, whatever the number of images; 0: each image once
+    steps: int = 0  # of the optimizer in an epoch; 0: as many as show each image once
 
     def __post_init__(self):
         at_least(1, epochs=self.epochs, batch_size=self.batch_size)
@@ -1026,11 +1026,10 @@ class ImageMethod(Method):
         return gaussian_blur(maps, self.size / 64, self.size // 16)
 
     def fit_statistics(self, batches):
-        if self.relative:
-            mean, count = 0.0, 0
-            for batch in batches():
-                mean, count = mean + self.error(batch).sum(0, keepdim=True), count + len(batch[0])
-            self.usual = self.smoothed(mean / count) + 0.3 * mean.mean() / count  # on flat ground it is nearly 0
+        mean, count = 0.0, 0
+        for batch in batches():
+            mean, count = mean + self.error(batch).sum(0, keepdim=True), count + len(batch[0])
+        self.usual = self.smoothed(mean / count) + 0.3 * mean.mean() / count  # on flat ground it is nearly 0
 
     def score(self, batch):
         maps, pool = self.error(batch), 1
@@ -1150,8 +1149,9 @@ class EAR(ImageMethod):
     saliency: "dino", "spectral" (needs no weights), "everywhere" (the whole image behind its mosaic), "nowhere", or
     "auto": DINO where its weights can be had, else everywhere, which cost 0.002 of AUROC in the paper's ablation.
     mosaic: block side m in pixels at 256x256, or "auto" (see `calibrate`).
-    Ours, and off in `paper`, because a U-Net that has only seen clean surroundings copies whatever is visible:
-    disturbed: the share of training images on which `disturb` pastes something, to be restored as well.
+    Ours (`paper` turns both off): a U-Net that has only seen clean surroundings copies whatever is visible, so
+    disturbed: the share of training images on which `disturb` pastes something, to be restored as well (FADeR's
+    attenuators always see 0.7 of them so).
     dropped: how often each skip loses random blobs (`drop_blobs`), so that the decoder learns to do without.
     """
 
@@ -1333,7 +1333,7 @@ class FADeR(EAR):
         for gate, pair in zip(self.gates, reversed(heard)):
             if gate is not None:
                 patch = F.adaptive_avg_pool2d(error, pair[0].shape[-2:])
-                top = patch.flatten().quantile(0.9).clamp(min=1e-6)  # of the maximum they learn next to nothing
+                top = patch.flatten().quantile(0.9).clamp(min=1e-6)  # not the maximum: all would be near 1
                 keep = 1 - (patch / top).clamp(max=1)
                 total = total + F.binary_cross_entropy_with_logits(gate.logits(*pair).float(), keep)
         return total

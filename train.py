@@ -263,6 +263,7 @@ def fit(
 
     def fit_statistics():
         method.eval()
+        agree(method)
         with torch.no_grad():
             method.fit_statistics(everything)
         method.fitted = True
@@ -299,6 +300,12 @@ def fit(
                 saved = time.perf_counter()
     fit_statistics()
     return method
+
+
+def agree(method):
+    """Gives all processes the first one's buffers: after a step those of BatchNorm are each process's own."""
+    for buffer in method.buffers() if WORLD > 1 else ():
+        torch.distributed.broadcast(buffer, 0)
 
 
 class Stage:

@@ -232,6 +232,7 @@ def run(args, plan, loaded):
     if args.resume:
         found = resume_from(unfinished, content)
         content["models"], current = found["models"], found["current"]
+        plan.options |= {key: found["options"][key] for key in plan.options}  # what "auto" was settled to
     rows, ratios = {}, []
     for label, group in {c.name: [c] for c in categories}.items() if args.separate else [("all", categories)]:
         method = plan.build(args.seed).to(machine.device)
@@ -450,7 +451,7 @@ def clear(out):
     if (out / "results.json").exists() or (out / "unfinished.pt").exists():
         for pattern in ("curve.png", "curve-*.png", "panels/*.png", "*.pt.part", "*.json.part", "p*/*.part"):
             for old in out.glob(pattern):
-                old.unlink()
+                old.unlink(missing_ok=True)  # another process may have been faster
 
 
 def writable(out, source):
