@@ -57,7 +57,7 @@ def first():
 
 
 def fader(run):
-    """Of each category the defect where FADeR's score gains most on that of EAR, which is FADeR without attenuators."""
+    """Of each category the defect inside which FADeR's map rises most above that of EAR, FADeR without attenuators."""
     _, categories = uad.find_data(None, None)
     machine, found = train.Machine(), {}
     for name, words in (("EAR", ["attenuate="]), ("FADeR", [])):
@@ -68,24 +68,24 @@ def fader(run):
     rows = []
     for category in categories:
         items = [item for item in category.test if item.label]
-        scores = {name: train.predict(method, uad.read(method, items))[1] for name, method in found.items()}
-        chosen = items[int((scores["FADeR"] / scores["EAR"]).argmax())]
-        image, size = uad.read(method, [chosen]), method.size
+        truth = [data.read_mask(item, method.size) for item in items]
+        maps = {name: train.predict(method, uad.read(method, items))[0] for name, method in found.items()}
+        inside = {name: (maps[name] * truth).max((1, 2)) for name in found}
+        best = int((inside["FADeR"] - inside["EAR"]).argmax())
+        chosen, image = items[best], uad.read(method, [items[best]])
         (batch,) = machine.prepare(method, image)
         picture = lambda x: (x[0].movedim(0, -1).clamp(0, 1) * 255).byte().numpy()
         images = {"defective part": image[0], "what the mask leaves": picture(batch[0])}
-        maps = {}
         for name, method in found.items():
             with torch.no_grad():
                 images[f"{name} restores"] = picture(method.restore(batch))
-            maps[name] = train.predict(method, image)[0][0]
         low, high = entry["of"][category.name]["low"], entry["of"][category.name]["high"]
         for name, value in maps.items():
-            images[f"its map, {name}"] = figures.overlay(image[0], value, low, high)
-        images["truth"] = data.read_mask(chosen, size)
-        score = float(scores["FADeR"][items.index(chosen)])
+            images[f"its map, {name}"] = figures.overlay(image[0], value[best], low, high)
+        images["truth"], score = truth[best], float(inside["FADeR"][best])
         rows.append({"name": f"{category.name}: {chosen.defect}", "score": score, "verdict": "", "images": images})
-    picture = figures.panel(rows, 0, 1, "The defects on which FADeR gains most on EAR", "Scores are FADeR's.")
+    note = "Score: the highest value of FADeR's map inside the defect."
+    picture = figures.panel(rows, 0, 1, "The defects inside which FADeR's map rises most above EAR's", note)
     figures.save(picture, "pictures/fader.png")
 
 
