@@ -1380,6 +1380,17 @@ class Decoder(Method):
         return F.interpolate(self.net(torch.cat(levels, 1)).float(), self.size, mode="bilinear")
 
 
+class Exported(nn.Module):
+    """Images (1,3,S,S) in [0,1] -> (anomaly maps (1,S,S), image scores (1,)), for use without this program."""
+
+    def __init__(self, method):
+        super().__init__()
+        self.method = method
+
+    def forward(self, images):
+        return self.method.score(self.method.prepare(images))
+
+
 def copy_ratio(pairs, mask):
     """How much of a defect a reconstructor copies: 1 = whole, 0 = restored to normal. Ours, not a paper's.
 

@@ -458,3 +458,24 @@ def write(path, content):
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         temporary.unlink(missing_ok=True)
         raise UserError(f"Cannot write {path} ({error}): free some space or name another folder.") from None
+
+
+def clear(out):
+    """Removes an earlier run's pictures, which would be taken for this one's, and what a killed one was writing."""
+    if (out / "results.json").exists() or (out / "unfinished.pt").exists():
+        for pattern in ("curve.png", "curve-*.png", "panels/*.png", "*.pt.part", "*.json.part", "p*/*.part"):
+            for old in out.glob(pattern):
+                old.unlink(missing_ok=True)  # another process may have been faster
+
+
+def writable(out, source):
+    """Makes the folder and tries it, before any work is done for it. Raises UserError, also if it lies in source."""
+    if out.resolve().is_relative_to(Path(source).resolve()):
+        raise UserError(f"The folder {out} lies in {source}, where images are read: name another one.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".try{RANK}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"The folder {out} cannot be written ({error}): name another one.") from None

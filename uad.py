@@ -37,7 +37,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import nn
 
 import baselines
 import data
@@ -222,7 +221,7 @@ def run(args, plan, loaded):
     start, machine = time.perf_counter(), plan.machine(args.device)
     root, categories = find_data(args.data, args.categories)
     out = Path(args.out or (Path(args.load).parent / "evaluation" if loaded else default_out(args, plan.name)))
-    writable(out, root)
+    train.writable(out, root)
     about = {name: getattr(args, name) for name in ("data", "categories", "separate", "seed", "holdout", "quantile")}
 
     content = {"version": VERSION, "method": plan.name, "options": plan.options, "run": about,
@@ -238,7 +237,7 @@ def run(args, plan, loaded):
         method = plan.build(args.seed).to(machine.device)
         plan.options |= method.settled
         if not ratios:
-            clear(out)
+            train.clear(out)
         print0(f"{plan.name}, {label}: {', '.join(c.name for c in group)}; seed {args.seed}, {machine.device}; "
             f"changed from the defaults: {plan.changed() or 'nothing'}")  # fmt: skip
         entry = next((e for e in content["models"] if e["name"] == label), None)
@@ -446,27 +445,6 @@ def reload(method, entry):
     return method.eval()
 
 
-def clear(out):
-    """Removes an earlier run's pictures, which would be taken for this one's, and what a killed one was writing."""
-    if (out / "results.json").exists() or (out / "unfinished.pt").exists():
-        for pattern in ("curve.png", "curve-*.png", "panels/*.png", "*.pt.part", "*.json.part", "p*/*.part"):
-            for old in out.glob(pattern):
-                old.unlink(missing_ok=True)  # another process may have been faster
-
-
-def writable(out, source):
-    """Makes the folder and tries it, before any work is done for it. Raises UserError, also if it lies in source."""
-    if out.resolve().is_relative_to(Path(source).resolve()):
-        raise UserError(f"--out {out} lies in {source}, where images are read: name another folder.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".try{RANK}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error}): name another folder.") from None
-
-
 def report(results, out):
     """Prints the table with its footer; writes results.json and curve.png."""
     header, rows = ["category", "I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO"], []
@@ -553,7 +531,7 @@ def predict(args, plan, loaded):
     if not paths:
         raise UserError(f"--predict {source} holds no image ({', '.join(sorted(data.EXTENSIONS))}).")
     out = Path(args.out or Path(args.load).parent / "predictions")
-    writable(out, source)
+    train.writable(out, source)
     if len(entry["of"]) > 1 and len(args.categories or []) != 1:
         print0(f"note: one threshold for {', '.join(entry['of'])} together; name one with --categories for its own")
     if not entry["held_out"]:
@@ -583,22 +561,11 @@ def predict(args, plan, loaded):
     return 2 if skipped == len(paths) else 0
 
 
-class Exported(nn.Module):
-    """Images (1,3,S,S) in [0,1] -> (anomaly maps (1,S,S), image scores (1,)), for use without this program."""
-
-    def __init__(self, method):
-        super().__init__()
-        self.method = method
-
-    def forward(self, images):
-        return self.method.score(self.method.prepare(images))
-
-
 def export(args, plan, loaded):
     """Writes --export FILE.pt2 and checks it against the program itself."""
     method, machine, _ = load_for_use(args, plan, loaded)
     images = torch.rand(1, 3, method.size, method.size, device=machine.device)
-    module = Exported(method).eval()
+    module = models.Exported(method).eval()
     with torch.no_grad():
         expected, _ = module(images)  # before the tracing, which must not be the first to fill a cache of constants
         try:
