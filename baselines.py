@@ -337,16 +337,17 @@ class MKD(Method):
         at_least(4, width=width)
         at_least(0, weight=weight)
         self.weight = weight
-        self.backbone = Backbone(backbone, weights)
+        self.backbone = Backbone(backbone, weights, levels=3)
         self.clone = nn.ModuleList()
         inp, side = 3, 64
-        levels = self.backbone(torch.zeros(1, inp, side, side))
-        for i, level in enumerate(levels):  # one block a level
+        level = torch.zeros(1, inp, side, side)
+        for i, stage in enumerate(self.backbone.stages):  # one block a level
+            level = stage(level)
             layers = []
             for out in [width] * (1 if i < 2 else 2):
                 layers += [nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
                 inp = out
-            out = level.shape[1] if i or len(levels) < 4 else width  # of four or more the first is not compared
+            out = level.shape[1] if i or len(self.backbone.stages) < 4 else width  # of four the first is not compared
             layers += [nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.Identity() if standardize else nn.ReLU()]
             self.clone.append(nn.Sequential(*layers, nn.MaxPool2d(side // level.shape[-1])))
             inp, side = out, level.shape[-1]
@@ -361,7 +362,7 @@ class MKD(Method):
         return levels[-3:]
 
     def standardized(self, levels):
-        return [standardize(level) for standardize, level in zip(self.standardize[-3:], levels[-3:])]
+        return [standardize(level) for standardize, level in zip(self.standardize, levels)]
 
     def calibrate(self, batches):
         levels = self.backbone(torch.cat(list(batches))[:64])
@@ -748,6 +749,8 @@ class FCDD(Method):
         self.backbone = Backbone(backbone, weights, levels=1)
         *frozen, last = self.backbone.stages
         self.backbone.stages = nn.ModuleList(frozen)
+        if contrast:
+            self.backbone.normalize = nn.Identity()
         kept = [layer for layer in last if not isinstance(layer, nn.MaxPool2d)]  # VGG's stage ends in its pooling
         self.tail = nn.Sequential(*kept, nn.Conv2d(self.backbone.channels[-1], 1, 1)).requires_grad_(True)
 
@@ -778,11 +781,9 @@ class FCDD(Method):
 
     def heat(self, images):
         """(B,3,S,S) -> A (B,1,h,w)"""
-        x = self.range(self.local_contrast(images)) if self.contrast else self.backbone.normalize(images)
-        with torch.no_grad():
-            for stage in self.backbone.stages:
-                x = stage(x)
-        x = self.tail(x).float()
+        if self.contrast:
+            images = self.range(self.local_contrast(images))
+        x = self.tail(self.backbone(images)[0]).float()
         return x.square() / ((x.square() + 1).sqrt() + 1)  # sqrt(x^2 + 1) - 1 without its cancellation near 0
 
     @staticmethod

@@ -1237,8 +1237,7 @@ def test_an_interrupted_run_goes_on_with_the_same_images_and_within_its_steps_on
         assert f"{key} {value}" in program(f"{line} --resume", False)[2]
     optimizer = content["current"]["optimizers"][0]
     optimizer["state"][0]["exp_avg"] = torch.zeros(3)  # PyTorch's fused step would read beyond it
-    torch.save(content, "run/damaged.pt")
-    shutil.copy("run/damaged.pt", "run/unfinished.pt")
+    torch.save(content, "run/unfinished.pt")
     assert "damaged" in program(f"{line} --resume", False)[2]
     optimizer["state"].clear()
     torch.save(content, "run/unfinished.pt")
