@@ -543,6 +543,8 @@ def test_rlrs_map_is_smoothed_or_not_and_its_score_is_always_of_the_smoothed_one
         maps, scores = method.score(batch)
         peak = (maps if smooth else models.gaussian_blur(maps, 4.0, 16)).amax((1, 2))
         assert torch.allclose(scores, peak) and (maps.amax((1, 2)) > 1.01 * scores).all() != smooth
+    corners = [(r - f).square().mean(1) + 1 - F.cosine_similarity(r, f) for f, r in method.reconstruction(batch)]
+    assert torch.allclose(maps[:, 0, 0], sum(level[:, 0, 0] for level in corners) / 2, rtol=1e-3)  # they are aligned
 
 
 def test_gms_is_its_definition():
@@ -589,6 +591,9 @@ def test_a_dropped_skip_loses_blobs_of_some_images_and_a_relative_map_knows_what
     method.fitted = True
     maps, scores = method.score(batch)
     assert maps.mean() == pytest.approx(1 / 1.3, abs=0.05)  # the error of the very images that are usual
+    error = method.error(batch)
+    usual = method.smoothed(error.mean(0, keepdim=True)) + 0.3 * error.mean()
+    assert torch.allclose(maps, method.smoothed(error / usual)[:, 0], atol=1e-4)
     assert torch.allclose(scores, F.avg_pool2d(maps[:, None], 8, 1).amax((1, 2, 3)))
 
 
