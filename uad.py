@@ -394,7 +394,7 @@ def copy_ratio(method, categories, machine):
 # Checkpoints and the report
 
 
-VERSION = 4  # of the checkpoint's content
+VERSION = 5  # of the checkpoint's content
 
 
 def read_checkpoint(path):
