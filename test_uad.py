@@ -1092,6 +1092,11 @@ def test_the_threshold_is_a_quantile_of_held_out_normal_images_and_of_each_categ
     assert entry["threshold"] == pytest.approx(np.quantile(scores, 0.8, method="higher"))
     own = [score for score, item in zip(scores, held) if item.category == names[0]]
     assert entry["of"][names[0]]["threshold"] == pytest.approx(np.quantile(own, 0.8, method="higher"))
+    (row,) = (row for name, row in results("run")["categories"].items() if name == names[0])
+    labels = np.array([item.label for item in data.find_categories(parts, names[:1])[0].test])
+    above = np.array(row["scores"]) > entry["of"][names[0]]["threshold"]
+    assert row["false_alarms"] == [above[labels == 0].sum(), (labels == 0).sum()]
+    assert row["misses"] == [(~above)[labels == 1].sum(), (labels == 1).sum()]
 
 
 def test_prediction_gives_score_verdict_and_overlay_and_goes_on_after_a_broken_image(program, parts):

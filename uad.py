@@ -252,6 +252,8 @@ def run(args, plan, loaded):
             content["models"].append(entry)
             save(None)  # a test image that cannot be read must not cost the training
         rows |= evaluate(method, group, machine)
+        for category in group:
+            rows[category.name] |= verdicts(category, rows[category.name]["scores"], entry)
         ratios.append(copy_ratio(method, group, machine))
         if not args.no_panels:
             panels(method, group, rows, entry, plan, machine, out)
@@ -348,6 +350,14 @@ def evaluate(method, categories, machine):
             raise UserError(f"The scores of {category.name} are not finite: training diverged; lower lr.")
         rows[category.name] = category_row(category, scores, maps)
     return rows
+
+
+def verdicts(category, scores, entry):
+    """How many test images its threshold judges wrongly, as [count, of how many]."""
+    threshold = entry["of"].get(category.name, entry)["threshold"]
+    good, bad = ([s for s, item in zip(scores, category.test) if item.label == label] for label in (0, 1))
+    alarms, misses = sum(s > threshold for s in good), sum(s <= threshold for s in bad)
+    return {"false_alarms": [alarms, len(good)], "misses": [misses, len(bad)]}
 
 
 def gather(indices, values):
@@ -448,9 +458,11 @@ def reload(method, entry):
 def report(results, out):
     """Prints the table with its footer; writes results.json and curve.png."""
     header, rows = ["category", "I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO"], []
+    judged = ["false_alarms", "misses"]  # by the threshold
     for name, row in [*results["categories"].items(), ("mean", results["mean"])]:
-        rows.append([name, *(None if row[m] is None else f"{100 * row[m]:.1f}" for m in metrics.NAMES)])
-    print0(figures.table(header, rows))
+        cells = [None if row[m] is None else f"{100 * row[m]:.1f}" for m in metrics.NAMES]
+        rows.append([name, *cells, *("{} of {}".format(*row[m]) if m in row else None for m in judged)])
+    print0(figures.table([*header, "false alarms", "misses"], rows))
     for ratio in filter(None, results["copy_ratio"]):
         print0(f"copy ratio (1 = defects copied, 0 = restored): {ratio:.3f}")
     train.write(out / "results.json", json.dumps(results, indent=1).encode())
@@ -563,7 +575,7 @@ def predict(args, plan, loaded):
 
 def export(args, plan, loaded):
     """Writes --export FILE.pt2 and checks it against the program itself."""
-    method, machine, _ = load_for_use(args, plan, loaded)
+    method, machine, entry = load_for_use(args, plan, loaded)
     images = torch.rand(1, 3, method.size, method.size, device=machine.device)
     module = models.Exported(method).eval()
     with torch.no_grad():
@@ -577,7 +589,8 @@ def export(args, plan, loaded):
     torch.export.save(program, buffer)
     train.write(args.export, buffer.getvalue())
     print0(f"wrote {args.export}: input (1,3,{method.size},{method.size}) in [0,1]; "
-        f"largest difference of the maps {(maps - expected).abs().max().item():.1e}")  # fmt: skip
+        f"largest difference of the maps {(maps - expected).abs().max().item():.1e}; "
+        f"scores above {entry['threshold']:.6g} are defective")  # fmt: skip
     return 0
 
 
