@@ -118,9 +118,9 @@ class PaDiM(Method):
 
     Defard et al., ICPR workshops 2021, sections III and IV. Theirs: ResNet-18 or WRN50-2 (layers 1 to 3) at the grid
     of layer 1, S/4 a side; a fixed random choice of 100 of 448 or 550 of 1792 channels; bilinear upsampling, a
-    Gaussian of sigma 4, the maximum. Ours: any backbone (its strides 4, 8, 16); dims = 0 means 100 channels, 550
-    above 1000, and all up to 256, since an EfficientNet's few are not redundant: choosing 100 of 192 cost 0.02 of
-    image AUROC on transistor.
+    Gaussian of sigma 4 at 224 pixels, the maximum. Ours: sigma in proportion to size; any backbone (its strides 4, 8,
+    16); dims = 0 means 100 channels, 550 above 1000, and all up to 256, since an EfficientNet's few are not redundant:
+    choosing 100 of 192 cost 0.02 of image AUROC on transistor.
     standardize: 0.01 means 1 % of each channel's variance over normal images. Mahalanobis' distance does not know
     scale but that constant does: as it stands it fits ResNet's ReLU features and no other backbone's.
     """
@@ -165,7 +165,7 @@ class PaDiM(Method):
         x = (self.features(batch) - self.mean).permute(1, 2, 0)  # (L,C,B)
         distance = (self.whiten @ x).norm(dim=1).T  # (B,L)
         maps = distance.unflatten(1, (self.grid, self.grid))
-        maps = gaussian_blur(upsample(maps, self.size), 4.0, 16)
+        maps = gaussian_blur(upsample(maps, self.size), self.size / 56, self.size // 14)
         return maps, maps.amax((1, 2))
 
 
