@@ -157,13 +157,14 @@ def peak_and_final(x, y):
     return (max(pairs, key=lambda pair: pair[1]), pairs[-1]) if pairs else None
 
 
-def curve(series, path, title="", right=(0, 1)):
+def curve(series, path, title="", right=(0, 1), across="steps"):
     """Line chart -> PNG at path.
 
     series: dicts with name, x (N,), y (N,) and, if wanted, axis ("left", the default, or "right"), log (True: the left
     axis is logarithmic) and label_ends (True: mark and print the peak, hollow, and the final value, filled). None, NaN,
     infinity and, on a logarithmic axis, what is not positive are gaps. The left axis fits its values; the right one
-    is `right`, wider only where a value lies outside. Raises ValueError when x and y differ in length.
+    is `right`, wider only where a value lies outside. across: what x counts. Raises ValueError when x and y differ in
+    length.
     """
     log = any(s.get("log") for s in series)
     lines = [_cleaned(s, log) for s in series]
@@ -179,22 +180,22 @@ def curve(series, path, title="", right=(0, 1)):
     draw = ImageDraw.Draw(sheet)
     _write(draw, LEFT, 10, title, 28)
     axes = {side: _axis(found, bottom, top, log and side == "left") for side, found in values.items()}
-    across, marks = _axis(steps, LEFT + 16, RIGHT - 16)  # inset: a marker at an end stays clear of the axis labels
+    along, marks = _axis(steps, LEFT + 16, RIGHT - 16)  # inset: a marker at an end stays clear of the axis labels
     draw.line((LEFT, bottom, RIGHT, bottom), FAINT, 2)
     for mark in marks:
-        _write(draw, across(mark), bottom + 36, f"{mark:g}", 22, FAINT, "ms")
-    _write(draw, WIDTH, bottom + 72, "steps", 22, INK, "ms")
+        _write(draw, along(mark), bottom + 36, f"{mark:g}", 22, FAINT, "ms")
+    _write(draw, WIDTH, bottom + 72, across, 22, INK, "ms")
     _vertical(draw, axes)
     for i, (s, (side, x, y)) in enumerate(zip(series, lines)):
         shade, height = COLOURS[i % len(COLOURS)], 66 + 36 * i
         up, label, ends = axes[side][0], f"{s['name']} ({side})", peak_and_final(x, y)
         if ends:  # not None: there is something to draw
-            _polyline(draw, across(x), up(y), shade)
+            _polyline(draw, along(x), up(y), shade)
             if s.get("label_ends"):
                 (peak_x, peak), (final_x, final) = ends
                 label += f": peak {number(peak)} at {peak_x:g} (ring), final {number(final)} (dot)"
-                draw.circle((across(peak_x), up(peak)), 9, "white", shade, 3)
-                draw.circle((across(final_x), up(final)), 5, shade)
+                draw.circle((along(peak_x), up(peak)), 9, "white", shade, 3)
+                draw.circle((along(final_x), up(final)), 5, shade)
         draw.line((LEFT, height, LEFT + 56, height), shade, 5)
         _write(draw, LEFT + 70, height, label, 22, anchor="lm")
     save(sheet.reduce(2), path)

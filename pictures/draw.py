@@ -3,9 +3,12 @@
     python pictures/draw.py first                                 first.png: what the demo's MLP and UniAD restore
     python pictures/draw.py fader runs/fader-synthetic            fader.png: what the attenuators take away
     python pictures/draw.py curve runs/mlp-long runs/uniad-DATA   curve.png: of two runs with --eval-every
+    python pictures/draw.py images runs/few-*                     images.png: how many training images are enough
 """
 
 import json
+import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -107,5 +110,20 @@ def curve(copier, remedy):
     figures.curve(series, "pictures/curve.png", "One model for five real sets", right=(0.7, 1))
 
 
+def images(*runs):
+    """Image AUROC over the number of training images that --holdout left, the mean of runs of equal number."""
+    found = {}
+    for run in runs:
+        results = json.loads((Path(run) / "results.json").read_text())
+        config, auroc = results["config"], results["mean"]["image_auroc"]
+        (category,) = data.find_categories(config["data"], config["categories"])
+        count = len(category.train) - math.ceil(config["holdout"] * len(category.train))
+        found.setdefault(f"{results['method']}, {category.name}", {}).setdefault(count, []).append(auroc)
+    series = [{"name": name, "x": sorted(points), "y": [statistics.mean(points[x]) for x in sorted(points)],
+               "axis": "right"} for name, points in found.items()]  # fmt: skip
+    how = {"right": (0.6, 1), "across": "normal images to train on"}
+    figures.curve(series, "pictures/images.png", "Image AUROC", **how)
+
+
 if __name__ == "__main__":
-    {"first": first, "fader": fader, "curve": curve}[sys.argv[1]](*sys.argv[2:])
+    {"first": first, "fader": fader, "curve": curve, "images": images}[sys.argv[1]](*sys.argv[2:])
