@@ -251,9 +251,7 @@ def run(args, plan, loaded):
             current = None
             content["models"].append(entry)
             save(None)  # a test image that cannot be read must not cost the training
-        rows |= evaluate(method, group, machine)
-        for category in group:
-            rows[category.name] |= verdicts(category, rows[category.name]["scores"], entry)
+        rows |= judge(evaluate(method, group, machine), group, entry)
         ratios.append(copy_ratio(method, group, machine))
         if not args.no_panels:
             panels(method, group, rows, entry, plan, machine, out)
@@ -352,12 +350,14 @@ def evaluate(method, categories, machine):
     return rows
 
 
-def verdicts(category, scores, entry):
-    """How many test images its threshold judges wrongly, as [count, of how many]."""
-    threshold = entry["of"].get(category.name, entry)["threshold"]
-    good, bad = ([s for s, item in zip(scores, category.test) if item.label == label] for label in (0, 1))
-    alarms, misses = sum(s > threshold for s in good), sum(s <= threshold for s in bad)
-    return {"false_alarms": [alarms, len(good)], "misses": [misses, len(bad)]}
+def judge(rows, categories, entry):
+    """-> the rows of categories with how many test images their threshold judges wrongly, as [count, of how many]."""
+    for category in categories:
+        row, threshold = rows[category.name], entry["of"].get(category.name, entry)["threshold"]
+        good, bad = ([s for s, item in zip(row["scores"], category.test) if item.label == i] for i in (0, 1))
+        row["false_alarms"] = [sum(s > threshold for s in good), len(good)]
+        row["misses"] = [sum(s <= threshold for s in bad), len(bad)]
+    return rows
 
 
 def gather(indices, values):
