@@ -463,6 +463,8 @@ def report(results, out):
         cells = [None if row[m] is None else f"{100 * row[m]:.1f}" for m in metrics.NAMES]
         rows.append([name, *cells, *("{} of {}".format(*row[m]) if m in row else None for m in judged)])
     print0(figures.table([*header, "false alarms", "misses"], rows))
+    if not results["config"]["holdout"]:
+        print0("note: the thresholds are of training images, which score lower than new ones: see --holdout 0.1")
     for ratio in filter(None, results["copy_ratio"]):
         print0(f"copy ratio (1 = defects copied, 0 = restored): {ratio:.3f}")
     train.write(out / "results.json", json.dumps(results, indent=1).encode())
