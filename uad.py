@@ -176,7 +176,7 @@ def parse(argv):
         asked = {name: getattr(args, name) for name in ("data", "categories") if getattr(args, name)}
         vars(args).update(loaded["run"] | asked)
     else:
-        values = defaults | (DEMO.get(name, {}) if args.data is None else {})
+        values = defaults | (DEMO.get(name, {}) if args.data is None and not args.help else {})
         values |= METHODS[name].paper if args.recipe == "paper" else {}
     for word in given:
         key, text = word.split("=", 1)

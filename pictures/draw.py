@@ -97,7 +97,7 @@ def normal(categories):
 
 
 def curve(copier, remedy):
-    """Loss and image AUROC of two runs over their steps, as shares of each run's length."""
+    """Loss, image and pixel AUROC of two runs over their steps."""
     series = []
     for run in (copier, remedy):
         results = json.loads((Path(run) / "results.json").read_text())
