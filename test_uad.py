@@ -1097,6 +1097,8 @@ def test_the_threshold_is_a_quantile_of_held_out_normal_images_and_of_each_categ
     above = np.array(row["scores"]) > entry["of"][names[0]]["threshold"]
     assert row["false_alarms"] == [above[labels == 0].sum(), (labels == 0).sum()]
     assert row["misses"] == [(~above)[labels == 1].sum(), (labels == 1).sum()]
+    assert program("--load run/checkpoint.pt --out other --no-panels whiten=False")[0] == 0
+    assert "misses" not in results("other")["categories"][names[0]]  # the threshold is of another score
 
 
 def test_prediction_gives_score_verdict_and_overlay_and_goes_on_after_a_broken_image(program, parts):

@@ -251,7 +251,8 @@ def run(args, plan, loaded):
             current = None
             content["models"].append(entry)
             save(None)  # a test image that cannot be read must not cost the training
-        rows |= judge(evaluate(method, group, machine), group, entry)
+        found = evaluate(method, group, machine)
+        rows |= judge(found, group, entry) if not loaded or plan.options == loaded["options"] else found
         ratios.append(copy_ratio(method, group, machine))
         if not args.no_panels:
             panels(method, group, rows, entry, plan, machine, out)
@@ -351,7 +352,7 @@ def evaluate(method, categories, machine):
 
 
 def judge(rows, categories, entry):
-    """-> the rows of categories with how many test images their threshold judges wrongly, as [count, of how many]."""
+    """-> the rows of categories, with how many test images their threshold judges wrongly, as [count, of how many]."""
     for category in categories:
         row, threshold = rows[category.name], entry["of"].get(category.name, entry)["threshold"]
         good, bad = ([s for s, item in zip(row["scores"], category.test) if item.label == i] for i in (0, 1))
@@ -529,6 +530,8 @@ def load_for_use(args, plan, loaded):
     known = {name: entry for entry in entries for name in entry["of"]}
     if not set(named) <= set(known) or args.separate and len(named) != 1 < len(entries):
         raise UserError(f"--categories: {args.load} knows {', '.join(known)}: name one of them.")
+    if plan.options != loaded["options"]:
+        print0("note: the threshold is of the score with the options of the training")
     machine, entry = plan.machine(args.device), known[named[0]] if named else entries[0]
     own = entry["of"][named[0]] if len(named) == 1 else {}
     return reload(plan.build(args.seed).to(machine.device), entry), machine, entry | own
