@@ -582,7 +582,7 @@ def export(args, plan, loaded):
     """Writes --export FILE.pt2 and checks it against the program itself."""
     method, machine, entry = load_for_use(args, plan, loaded)
     images = torch.rand(1, 3, method.size, method.size, device=machine.device)
-    module = models.Exported(method).eval()
+    module = models.Exported(method).eval().requires_grad_(False)
     with torch.no_grad():
         expected, _ = module(images)  # before the tracing, which must not be the first to fill a cache of constants
         try:
