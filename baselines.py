@@ -138,7 +138,8 @@ class PaDiM(Method):
             dims = total if total <= 256 else 100 if total <= 1000 else 550
         dims = min(dims, total)
         shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-        self.standardize, self.chosen = standardize, slice(None) if dims == total else shuffled[:dims].sort().values
+        self.standardize, chosen = standardize, None if dims == total else shuffled[:dims].sort().values
+        self.register_buffer("chosen", chosen, persistent=False)
         self.register_buffer("mean", torch.zeros(self.grid**2, dims))
         self.register_buffer("whiten", torch.zeros(0))
 
@@ -148,7 +149,8 @@ class PaDiM(Method):
     def features(self, levels):
         """Levels -> (B,L,C): the chosen channels on the finest grid, position by position and row by row."""
         levels = [F.interpolate(level, (self.grid, self.grid)) for level in levels]  # nearest
-        return torch.cat(levels, 1)[:, self.chosen].flatten(2).transpose(1, 2)
+        x = torch.cat(levels, 1)
+        return (x if self.chosen is None else x[:, self.chosen]).flatten(2).transpose(1, 2)
 
     def stages(self):
         return []

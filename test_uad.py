@@ -1092,7 +1092,7 @@ def test_the_threshold_is_a_quantile_of_held_out_normal_images_and_of_each_categ
     assert entry["threshold"] == pytest.approx(np.quantile(scores, 0.8, method="higher"))
     own = [score for score, item in zip(scores, held) if item.category == names[0]]
     assert entry["of"][names[0]]["threshold"] == pytest.approx(np.quantile(own, 0.8, method="higher"))
-    (row,) = (row for name, row in results("run")["categories"].items() if name == names[0])
+    row = results("run")["categories"][names[0]]
     labels = np.array([item.label for item in data.find_categories(parts, names[:1])[0].test])
     above = np.array(row["scores"]) > entry["of"][names[0]]["threshold"]
     assert row["false_alarms"] == [above[labels == 0].sum(), (labels == 0).sum()]

@@ -406,6 +406,7 @@ def copy_ratio(method, categories, machine):
 
 
 VERSION = 5  # of the checkpoint's content
+NOT_HELD_OUT = "note: the threshold is of training images, which score lower than new ones; train with --holdout 0.1"
 
 
 def read_checkpoint(path):
@@ -459,13 +460,14 @@ def reload(method, entry):
 def report(results, out):
     """Prints the table with its footer; writes results.json and curve.png."""
     header, rows = ["category", "I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO"], []
-    judged = ["false_alarms", "misses"]  # by the threshold
+    header += ["false alarms", "misses"]
     for name, row in [*results["categories"].items(), ("mean", results["mean"])]:
         cells = [None if row[m] is None else f"{100 * row[m]:.1f}" for m in metrics.NAMES]
-        rows.append([name, *cells, *("{} of {}".format(*row[m]) if m in row else None for m in judged)])
-    print0(figures.table([*header, "false alarms", "misses"], rows))
+        cells += ["{} of {}".format(*row[m]) if m in row else None for m in ("false_alarms", "misses")]
+        rows.append([name, *cells])
+    print0(figures.table(header, rows))
     if not results["config"]["holdout"]:
-        print0("note: the thresholds are of training images, which score lower than new ones: see --holdout 0.1")
+        print0(NOT_HELD_OUT)
     for ratio in filter(None, results["copy_ratio"]):
         print0(f"copy ratio (1 = defects copied, 0 = restored): {ratio:.3f}")
     train.write(out / "results.json", json.dumps(results, indent=1).encode())
@@ -552,7 +554,7 @@ def predict(args, plan, loaded):
     if len(entry["of"]) > 1 and len(args.categories or []) != 1:
         print0(f"note: one threshold for {', '.join(entry['of'])} together; name one with --categories for its own")
     if not entry["held_out"]:
-        print0("note: the threshold is of training images, which score lower than new ones; train with --holdout 0.1")
+        print0(NOT_HELD_OUT)
     skipped = 0
     with open(out / "predictions.csv", "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         lines = csv.writer(file)
