@@ -59,7 +59,7 @@ class Recipe:
     batch_size: int = 8
     lr: float = 5e-4  # the schedule's peak
     weight_decay: float = 1e-4
-    optimizer: str = "adamw"  # adamw | adam | sgd | nesterov | muon: Muon for linear layers, AdamW for the rest
+    optimizer: str = "adamw"  # adamw | adam | sgd | nesterov | muon: Muon for linear and convolution weights
     beta2: float = 0.999  # of Adam: how long it remembers the size of gradients
     schedule: str = "one-cycle"  # one-cycle: 30 % warm-up, cosine to 0 | cosine | exponential: to 5 % | constant |
     # step: x0.1 after 80 % | two-step: x0.2 after 80 % and after 90 %
@@ -1001,8 +1001,8 @@ class ImageMethod(Method):
     its half and counts twice.
     """
 
-    recipe = Recipe(epochs=30, lr=2e-3)
-    paper = {"size": 256, "width": 64, "relative": False, "epochs": 100, "lr": 1e-3}
+    recipe = Recipe(epochs=15, lr=5e-3, optimizer="muon")
+    paper = {"size": 256, "width": 64, "relative": False, "epochs": 100, "lr": 1e-3, "optimizer": "adamw"}
     skips = True
 
     def __init__(self, *, size=128, width=16, relative=True, lamp=False):

@@ -742,16 +742,18 @@ def test_an_epoch_has_as_many_steps_as_told_and_a_schedule_the_papers_factors():
     assert lr("exponential", 199 / 200) == pytest.approx(0.985**199, rel=0.03)  # FCDD's
 
 
-def test_muon_takes_the_steps_of_torch_optim_muon():
-    start = torch.randn(40, 30)
-    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+@pytest.mark.parametrize("shape", [(40, 30), (40, 5, 3, 2), (20, 5, 3, 4)])
+def test_muon_takes_the_steps_of_torch_optim_muon_and_flattens_convolutions(shape):
+    start = torch.randn(shape[0], math.prod(shape[1:]))
+    ours, theirs = nn.Parameter(start.reshape(shape).clone()), nn.Parameter(start.clone())
     how = {"lr": 0.1, "weight_decay": 0.5}
     muon, reference = train.Muon([ours], **how), torch.optim.Muon([theirs], **how, adjust_lr_fn="match_rms_adamw")
     for _ in range(3):
-        ours.grad = theirs.grad = torch.randn(40, 30)
+        theirs.grad = torch.randn_like(start)
+        ours.grad = theirs.grad.reshape(shape)
         muon.step()
         reference.step()
-    assert (ours - theirs).norm() < 0.01 * (theirs - start).norm()  # the reference computes in bfloat16
+    assert (ours.flatten(1) - theirs).norm() < 0.01 * (theirs - start).norm()  # the reference computes in bfloat16
     singular = torch.linalg.svdvals(train.orthogonal(start[None]))
     assert 0.6 < singular.min() and singular.max() < 1.3
 
@@ -1163,7 +1165,6 @@ BAD = [  # command line, words of the sentence
     ("--method mlp --lr nan", "lr"),
     ("--method mlp --lr 1e9 --epochs 30", "lower lr"),
     ("--method mlp optimizer=lion", "optimizer=lion"),
-    ("--method cnn optimizer=muon", "muon"),
     ("--method mlp precision=int8", "precision=int8"),
     ("--method mlp workers=0", "workers=0"),
     ("--method mlp --device tpu", "tpu"),

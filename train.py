@@ -170,7 +170,8 @@ class Prepared:
 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum whose step is turned into the nearest orthogonal matrix (Jordan et al., 2024): every direction
-    of a weight matrix moves equally far, so that a fraction of the steps suffices. For parameters of shape (out,in).
+    of a weight matrix moves equally far, so that a fraction of the steps suffices. For (out,in), and for (out,in,k,k)
+    flattened to it.
 
     As torch.optim.Muon with adjust_lr_fn="match_rms_adamw": the same rate serves AdamW. That one multiplies in bfloat16
     wherever it runs, which on a processor without it takes 16 times the rest of a step; here `autocast` decides, and
@@ -190,9 +191,10 @@ class Muon(torch.optim.Optimizer):
                 for p in same:
                     mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - momentum)
                     ahead.append(p.grad.lerp(mean, momentum))
-                for p, direction in zip(same, orthogonal(torch.stack(ahead))):
+                ahead = torch.stack(ahead).flatten(2)
+                for p, direction in zip(same, orthogonal(ahead)):
                     p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(direction, alpha=-lr * 0.2 * max(shape) ** 0.5)  # entries as large as AdamW's
+                    p.add_(direction.reshape(shape), alpha=-lr * 0.2 * max(ahead.shape[1:]) ** 0.5)  # AdamW's size
 
 
 def orthogonal(x):
@@ -207,7 +209,7 @@ def orthogonal(x):
 
 
 def optimizers_for(method, parameters, recipe):
-    """-> list of optimizers under one rate; for "muon" Muon of the linear layers' matrices, and AdamW of the rest."""
+    """-> list of optimizers under one rate; for "muon" Muon of linear and convolution weights, AdamW of the rest."""
     how = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
     adam = how | {"betas": (0.9, recipe.beta2), "fused": True}  # one kernel for all parameters
     if recipe.optimizer in ("sgd", "nesterov"):
@@ -216,11 +218,9 @@ def optimizers_for(method, parameters, recipe):
         return [torch.optim.Adam(parameters, **adam)]
     if recipe.optimizer == "adamw":
         return [torch.optim.AdamW(parameters, **adam)]
-    linear = {id(m.weight) for m in method.modules() if isinstance(m, nn.Linear)}
-    matrices = [p for p in parameters if id(p) in linear]
-    if not matrices:
-        raise UserError("optimizer=muon is for linear layers, and this method has none to train: use adamw.")
-    return [Muon(matrices, **how), torch.optim.AdamW([p for p in parameters if id(p) not in linear], **adam)]
+    weights = {id(m.weight) for m in method.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    matrices = [p for p in parameters if id(p) in weights]
+    return [Muon(matrices, **how), torch.optim.AdamW([p for p in parameters if id(p) not in weights], **adam)]
 
 
 def lr_factor(schedule, progress):

@@ -53,7 +53,6 @@ DEMO = {  # what runs on the synthetic set change, to end in minutes on a CPU
     "mlp": {"epochs": 90},
     "uniad": {"epochs": 65, "lr": 4e-3, "width": 128, "hidden": 256, "layers": 1},
     "rlr": {"size": 128},
-    **dict.fromkeys(("ae", "unet", "ear", "fader"), {"epochs": 15}),
 }
 
 
