@@ -756,6 +756,9 @@ def test_muon_takes_the_steps_of_torch_optim_muon_and_flattens_convolutions(shap
     assert (ours.flatten(1) - theirs).norm() < 0.01 * (theirs - start).norm()  # the reference computes in bfloat16
     singular = torch.linalg.svdvals(train.orthogonal(start[None]))
     assert 0.6 < singular.min() and singular.max() < 1.3
+    norm = nn.BatchNorm2d(3)
+    with pytest.raises(train.UserError, match="optimizer=muon"):
+        train.optimizers_for(norm, list(norm.parameters()), models.Recipe(optimizer="muon"))
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,8 @@ def optimizers_for(method, parameters, recipe):
         return [torch.optim.AdamW(parameters, **adam)]
     weights = {id(m.weight) for m in method.modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
     matrices = [p for p in parameters if id(p) in weights]
+    if not matrices:
+        raise UserError("optimizer=muon is for linear layers and convolutions, and there is none to train: use adamw.")
     return [Muon(matrices, **how), torch.optim.AdamW([p for p in parameters if id(p) not in weights], **adam)]
 
 
