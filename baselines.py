@@ -30,6 +30,7 @@ from models import (
     gaussian_blur,
     gaussian_matrix,
     gaussians,
+    in_float32,
     require,
     ssim_error,
     whitening,
@@ -163,6 +164,7 @@ class PaDiM(Method):
         diagonal.add_(0.01 * unit)
         self.whiten = whitening(covariance)
 
+    @in_float32
     def score(self, batch):
         x = (self.features(batch) - self.mean).permute(1, 2, 0)  # (L,C,B)
         distance = (self.whiten @ x).norm(dim=1).T  # (B,L)
@@ -379,6 +381,7 @@ class MKD(Method):
         images, *source = batch
         return self.errors(source, self.forward_through(self.clone, images)).mean()
 
+    @in_float32
     def score(self, batch):
         with torch.enable_grad():
             images = batch[0].detach().requires_grad_()
@@ -492,6 +495,7 @@ class PatchSVDD(Method):
             total = total + self.weight * (h - close).norm(dim=1).mean()
         return total
 
+    @in_float32
     def fit_statistics(self, batches):
         count = sum(len(images) for (images,) in batches())
         share = max(1, self.memory // count)
@@ -526,6 +530,7 @@ class PatchSVDD(Method):
         total, count = F.conv_transpose2d(both, patch, stride=self.STRIDES[side], groups=2).unbind(1)
         return upsample(total / count, self.size)  # changes nothing where the strides end at the border, as at 256
 
+    @in_float32
     def score(self, batch):
         small, large = self.encode_all(batch[0])
         maps = self.paint(self.nearest(small, self.bank_32), 32) * self.paint(self.nearest(large, self.bank_64), 64)
@@ -610,12 +615,14 @@ class CutPaste(Method):
         kind = torch.arange(3, device=images.device).repeat_interleave(len(images))
         return F.cross_entropy(self.head(embedding).float(), kind)
 
+    @in_float32
     def fit_statistics(self, batches):
         self.mean, covariance = gaussians(self.encoder(images).mean((2, 3))[:, None] for (images,) in batches())
         diagonal = covariance.diagonal(dim1=1, dim2=2)
         diagonal.add_(0.1 * diagonal.mean() + 1e-12)
         self.whiten = whitening(covariance)
 
+    @in_float32
     def score(self, batch):
         features = self.encoder(batch[0])
         z = (features.mean((2, 3)) - self.mean) @ self.whiten[0].T
@@ -795,6 +802,7 @@ class FCDD(Method):
             images = (images + noise).clamp(0, 1)
         return self.hsc_loss(self.heat(images).mean((2, 3), keepdim=True), anomalous).mean()
 
+    @in_float32
     def score(self, batch):
         heat = self.heat(batch[0])
         cells = heat.shape[-1]

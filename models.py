@@ -213,6 +213,11 @@ def whitening(covariance):
     return covariance
 
 
+def in_float32(function):
+    """Without autocast, for distances and images: bfloat16 has three digits, or 256 grey levels."""
+    return torch.autocast("cpu", enabled=False)(torch.autocast("cuda", enabled=False)(function))
+
+
 class Rarity(nn.Module):
     """How rare a residual r = f^ - f is: Mahalanobis' distance |W (r - mu)|, W'W = (Sigma + lambda diag(Sigma))^-1.
 
@@ -236,6 +241,7 @@ class Rarity(nn.Module):
         covariance.diagonal(dim1=1, dim2=2).mul_(1 + self.LAMBDA).add_(1e-12)  # a channel may be restored exactly
         self.mean, self.matrix = mean[0], whitening(covariance)[0]
 
+    @in_float32
     def forward(self, residual):
         if self.on:
             residual = (residual - self.mean) @ self.matrix.T
@@ -973,10 +979,10 @@ def gaussian_blur(x, sigma, reach):
     return both_axes(gaussian_matrix(x.shape[-1], x.shape[-1], sigma, reach, x.device), x)
 
 
+@in_float32
 def both_axes(matrix, x):
-    """A x A^T in float32 even under autocast: in bfloat16 an image would have but 256 grey levels."""
-    with torch.autocast(x.device.type, enabled=False):
-        return matrix @ x.float() @ matrix.T
+    """A x A^T"""
+    return matrix @ x.float() @ matrix.T
 
 
 def lamp(error):
@@ -1024,10 +1030,9 @@ class ImageMethod(Method):
 
     def image_loss(self, restored, image):
         amplify = lamp if self.lamp else lambda error: error
-        with torch.autocast(image.device.type, enabled=False):
-            squared = amplify((restored - image).square()).mean()
-            structure = amplify(ssim_error(restored, image)).mean()
-            edges = amplify(multi_scale_gms_error(restored, image)).mean()
+        squared = amplify((restored - image).square()).mean()
+        structure = amplify(ssim_error(restored, image)).mean()
+        edges = amplify(multi_scale_gms_error(restored, image)).mean()
         return squared + 2 * structure + edges
 
     def reconstruction(self, batch):

@@ -3,6 +3,7 @@
 A test's name is the sentence it checks. Whatever needs numbers to compare with computes them the slow and obvious way.
 """
 
+import copy
 import csv
 import errno
 import functools
@@ -851,6 +852,20 @@ def test_scores_are_not_negative_nor_random_and_do_not_depend_on_the_mode_or_the
         assert target.shape == restored.shape and target.ndim == 4
     with pytest.raises(models.MethodError, match="never fitted"):
         build(name).score(batch)
+
+
+@every_method
+def test_scores_with_networks_in_bfloat16_are_those_in_float32(name):
+    method, found = copy.deepcopy(fitted(name)[0]), []
+    with torch.no_grad():
+        normal, new = map(method.prepare, (twins(128)[0][::8], twins(128)[1][:4]))
+        for enabled in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                method.fit_statistics(lambda: iter([normal]))
+                found.append(method.score(new))
+    error = 0 if name in ("padim", "psvdd", "cutpaste", "mkd", "fcdd") else 0.01  # those: all in float32
+    for exact, rounded in zip(*found):
+        assert rounded.dtype == torch.float32 and torch.allclose(exact, rounded, rtol=0, atol=error * exact.max())
 
 
 @every_method

@@ -266,7 +266,7 @@ def fit(
     def fit_statistics():
         method.eval()
         agree(method)
-        with torch.no_grad():
+        with torch.no_grad(), machine.autocast():
             method.fit_statistics(everything)
         method.fitted = True
 
@@ -410,7 +410,9 @@ def predict(method, images, *, machine=None, indices=None):
     method.to(machine.device)
     for batch in machine.prepare(method, images, indices):
         here = slice(done, done + len(batch[0]))
-        for found, part in zip((maps, scores), method.score(batch)):
+        with machine.autocast():  # its distances stay in float32
+            result = method.score(batch)
+        for found, part in zip((maps, scores), result):
             found[here] = part.float().cpu()
         done = here.stop
     return maps, scores
