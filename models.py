@@ -1316,7 +1316,8 @@ class FADeR(EAR):
     Stage 1 trains EAR, stage 2 freezes it and trains the attenuators alone. Park et al., arXiv 2407.04597, 2024.
     The paper: two layers, soft masks on the skips, signals from patch-wise reconstruction errors, no defect labels, any
     deterministic masking. Ours, since normal images alone would only say "keep": the errors come from images with
-    something pasted on (`disturb`), of which the clean image is known; and D (see Attenuator).
+    something pasted on (`disturb`), of which the clean image is known, less the error without it, since a texture that
+    is always hard is no defect; and D (see Attenuator).
     attenuate: which skips, 0 = shallow; () is EAR. shallow_off: the control, the shallow skip switched off and no
     attenuator.
     """
@@ -1348,11 +1349,12 @@ class FADeR(EAR):
         heard = []
         with torch.no_grad():
             restored = self.unet(seen, [lambda *pair: heard.append(pair) or pair[0]] * 3)  # listens in, changes nothing
-            error = (restored - image).abs().mean(1, keepdim=True)
+            excess = (restored - image).abs() - (self.unet(batch[0]) - image).abs()
+            excess = excess.mean(1, keepdim=True)
         total = 0.0
         for gate, pair in zip(self.gates, reversed(heard)):
             if gate is not None:
-                patch = F.adaptive_avg_pool2d(error, pair[0].shape[-2:])
+                patch = F.adaptive_avg_pool2d(excess, pair[0].shape[-2:]).clamp(min=0)
                 top = patch.flatten().quantile(0.9).clamp(min=1e-6)  # not the maximum: all would be near 1
                 keep = 1 - (patch / top).clamp(max=1)
                 total = total + F.binary_cross_entropy_with_logits(gate.logits(*pair).float(), keep)

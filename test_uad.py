@@ -709,6 +709,17 @@ def test_what_a_u_net_copies_is_restored_where_it_is_hidden_and_damped_where_it_
     assert all(map(torch.equal, before, after))  # the second stage trains the attenuators alone
 
 
+def test_attenuators_learn_from_what_was_pasted_and_not_from_what_is_always_hard(monkeypatch):
+    fader = build("fader", size=64)  # untrained: all is hard
+    for gate in fader.attenuators:
+        nn.init.zeros_(gate.outer.weight)
+        nn.init.constant_(gate.outer.bias, 20)  # keeps everything
+    batch = fader.prepare(twins(64)[0][:8])
+    assert fader.loss(batch, "attenuators") > 0.1
+    monkeypatch.setattr(models, "disturb", lambda images: (images, None))
+    assert fader.loss(batch, "attenuators") < 1e-6
+
+
 def test_rarity_is_mahalanobis_distance_and_does_not_know_the_scale_of_channels():
     torch.manual_seed(0)
     mix = torch.randn(5, 5)
