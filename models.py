@@ -1318,8 +1318,8 @@ class FADeR(EAR):
     deterministic masking. Ours, since normal images alone would only say "keep": the errors come from images with
     something pasted on (`disturb`), of which the clean image is known, less the error without it, since a texture that
     is always hard is no defect; and D (see Attenuator).
-    attenuate: which skips, 0 = shallow; () is EAR. shallow_off: the control, the shallow skip switched off. To compare
-    them fairly train each (with one seed the U-Net is the same): a loaded model keeps the usual errors it was fitted to.
+    attenuate: which skips, 0 = shallow; () is EAR. shallow_off: the control, the shallow skip switched off and no
+    attenuator. To compare them train each, the U-Net is the same with one seed: a loaded model keeps its usual errors.
     """
 
     paper = {**EAR.paper, "beside": False}
