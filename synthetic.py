@@ -51,7 +51,8 @@ def draw(category, seed, defect=None, size=256, contrast=0.4):
         image = _photograph(spoiled, seed, size)
         # What nobody could see stays the twin's: differences below 4 grey levels, and specks (the median).
         change = np.abs(image.astype(int) - twin).max(axis=2).astype(np.uint8)
-        mask = np.minimum(change, Image.fromarray(change).filter(ImageFilter.MedianFilter(size // 50 | 1))) >= 4
+        smooth = Image.fromarray(change).filter(ImageFilter.MedianFilter(max(3, size // 50 | 1)))
+        mask = np.minimum(change, smooth) >= 4
         if 0.003 <= mask.mean() <= 0.06:
             break
     return np.where(mask[..., None], image, twin), twin, mask
