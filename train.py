@@ -105,8 +105,8 @@ class Machine:
                     ahead.append(pool.submit(images.__getitem__, i))
                 if not ahead:
                     return
-                chunk = [as_image(ahead.popleft().result(), size) for _ in range(min(CHUNK, len(ahead)))]
-                yield torch.stack(chunk).to(self.device)
+                chunk = [ahead.popleft().result() for _ in range(min(CHUNK, len(ahead)))]
+                yield torch.stack([as_image(image, size, self.device) for image in chunk])
         finally:
             pool.shutdown(cancel_futures=True)  # also when the reader stops early
 
@@ -118,13 +118,13 @@ class Machine:
             yield parts  # not inside: the caller's code would run without gradients and in bfloat16 too
 
 
-def as_image(image, size):
-    """An array (S,S,3) uint8, or a float tensor (3,S,S) in [0,1] -> the latter. Raises UserError."""
+def as_image(image, size, device):
+    """An array (S,S,3) uint8, or a float tensor (3,S,S) in [0,1] -> the latter, on the device. Raises UserError."""
     if isinstance(image, torch.Tensor) and image.is_floating_point() and image.shape == (3, size, size):
         if image.min() >= 0 and image.max() <= 1:
-            return image.float()
+            return image.to(device).float()
     elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (size, size, 3):
-        return torch.from_numpy(image).permute(2, 0, 1).float() / 255
+        return torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 255
     found = f"{getattr(image, 'dtype', type(image).__name__)} {tuple(getattr(image, 'shape', ()))}"
     raise UserError(f"Images must be uint8 ({size},{size},3) or float (3,{size},{size}) in [0,1]; one is {found}.")
 
@@ -187,14 +187,14 @@ class Muon(torch.optim.Optimizer):
             lr, momentum = group["lr"], group["momentum"]
             for shape in {p.shape for p in group["params"]}:
                 same = [p for p in group["params"] if p.shape == shape and p.grad is not None]
-                ahead = []
-                for p in same:
-                    mean = self.state[p].setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - momentum)
-                    ahead.append(p.grad.lerp(mean, momentum))
-                ahead = torch.stack(ahead).flatten(2)
-                for p, direction in zip(same, orthogonal(ahead)):
-                    p.mul_(1 - lr * group["weight_decay"])
-                    p.add_(direction.reshape(shape), alpha=-lr * 0.2 * max(ahead.shape[1:]) ** 0.5)  # AdamW's size
+                grads = [p.grad for p in same]
+                means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in same]
+                torch._foreach_lerp_(means, grads, 1 - momentum)  # on a GPU one kernel for all of them
+                ahead = torch.stack(torch._foreach_lerp(grads, means, momentum)).flatten(2)
+                length = -lr * 0.2 * max(ahead.shape[1:]) ** 0.5  # AdamW's
+                directions = orthogonal(ahead).float().reshape(-1, *shape)
+                torch._foreach_mul_(same, 1 - lr * group["weight_decay"])
+                torch._foreach_add_(same, directions.unbind(), alpha=length)
 
 
 def orthogonal(x):
