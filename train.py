@@ -187,8 +187,10 @@ class Muon(torch.optim.Optimizer):
             lr, momentum = group["lr"], group["momentum"]
             for shape in {p.shape for p in group["params"]}:
                 same = [p for p in group["params"] if p.shape == shape and p.grad is not None]
-                grads = [p.grad for p in same]
-                means = [self.state[p].setdefault("mean", torch.zeros_like(p)) for p in same]
+                for p in same:
+                    if not self.state[p]:
+                        self.state[p]["mean"] = torch.zeros_like(p)
+                grads, means = [p.grad for p in same], [self.state[p]["mean"] for p in same]
                 torch._foreach_lerp_(means, grads, 1 - momentum)  # on a GPU one kernel for all of them
                 ahead = torch.stack(torch._foreach_lerp(grads, means, momentum)).flatten(2)
                 length = -lr * 0.2 * max(ahead.shape[1:]) ** 0.5  # AdamW's
