@@ -1303,6 +1303,8 @@ def test_an_interrupted_run_goes_on_with_the_same_images_and_within_its_steps_on
     shutil.copy(next(Path("own").rglob("train/good/*.png")), next(Path("own").rglob("train/good")) / "new.png")
     code, _, err = program(f"{line} --resume", False)
     assert code == 2 and "training images" in err
+    code, out, _ = program(line, False)
+    assert code == 0 and "--resume would go on" in out
 
 
 def test_an_empty_mask_is_none_and_what_an_earlier_run_left_is_cleared(program, parts):

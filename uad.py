@@ -226,11 +226,9 @@ def run(args, plan, loaded):
     content = {"version": VERSION, "method": plan.name, "options": plan.options, "run": about,
                "recipe": dataclasses.asdict(plan.recipe), "models": loaded["models"] if loaded else [],
                "files": {"set of training images": data.fingerprint(categories)}}  # fmt: skip
-    unfinished, current = out / "unfinished.pt", None
-    if args.resume:
-        found = resume_from(unfinished, content)
-        content["models"], current = found["models"], found["current"]
-        plan.options |= {key: found["options"][key] for key in plan.options}  # what "auto" was settled to
+    unfinished = out / "unfinished.pt"
+    content["models"], current, options = interrupted(unfinished, content, args.resume)
+    plan.options |= {key: options[key] for key in plan.options}  # what "auto" was settled to
     rows, ratios = {}, []
     for label, group in {c.name: [c] for c in categories}.items() if args.separate else [("all", categories)]:
         method = plan.build(args.seed).to(machine.device)
@@ -436,8 +434,13 @@ def verify(content):
                 raise ValueError
 
 
-def resume_from(path, content):
-    """What an interrupted run left in --out. Raises UserError when it was another run, or left nothing."""
+def interrupted(path, content, resume):
+    """-> finished models, state of the next one or None, options: of the run that was interrupted here, or of a new
+    one. Raises UserError when --resume finds another run, or none."""
+    if not resume:
+        if path.exists():
+            print0(f"note: {path} is of an interrupted run and soon written over: --resume would go on with it")
+        return content["models"], None, content["options"]
     if not path.exists():
         raise UserError(f"--resume: there is no {path}, so nothing was interrupted there: leave --resume out.")
     found = read_checkpoint(path)
@@ -445,7 +448,7 @@ def resume_from(path, content):
         for key, value in content[part].items():
             if value not in ("auto", found.get(part, {}).get(key)):
                 raise UserError(f"--resume: {path} is of a run with another {key}: give the same options again.")
-    return {"current": None} | found
+    return found["models"], found.get("current"), found["options"]
 
 
 def reload(method, entry):
