@@ -438,7 +438,7 @@ def interrupted(path, content, resume):
     """-> finished models, state of the next one or None, options: of the run that was interrupted here, or of a new
     one. Raises UserError when --resume finds another run, or none."""
     if not resume:
-        if path.exists():
+        if path.exists() and not content["models"]:  # with --load nothing is written there
             print0(f"note: {path} is of an interrupted run and soon written over: --resume would go on with it")
         return content["models"], None, content["options"]
     if not path.exists():
