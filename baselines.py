@@ -126,7 +126,6 @@ class PaDiM(Method):
     scale but that constant does: as it stands it fits ResNet's ReLU features and no other backbone's.
     """
 
-    recipe = Recipe()
     paper = {"backbone": "resnet18", "standardize": False}
 
     def __init__(self, *, backbone="efficientnet_lite2", weights="default", size=224, dims=0, standardize=True):

@@ -43,12 +43,11 @@ class Item:
 
 @dataclass
 class Category:
-    """The images of one product. `has_masks`: at least one defective image has a mask. `notes`: oddities to print."""
+    """The images of one product; `notes`: oddities to print."""
 
     name: str
     train: list[Item]
     test: list[Item]
-    has_masks: bool
     notes: list[str]
 
 
@@ -98,7 +97,7 @@ def _category(name, train, test, notes=()):
         first = ", ".join(f"{item.defect}/{item.path.name}" for item in missing[:3]) + ", ..." * (len(missing) > 3)
         notes.append(f"{name}: {len(missing)} of {len(defective)} defective images have no mask ({first}); "
                      "pixel metrics leave them out")
-    return Category(name, train, test, len(missing) < len(defective), notes)
+    return Category(name, train, test, notes)
 
 
 def _folders(folder):

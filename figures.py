@@ -77,10 +77,9 @@ def panel(rows, low, high, title, note=""):
     """Grid of tiles, a row per image and a column per kind of tile -> PIL image.
 
     rows: dicts with name (str), score (float), verdict (str, may be empty) and images, {column: tile}, where a tile is
-    a picture (H,W,3) or (H,W) uint8, a mask (H,W) bool, a map (H,W) float, or None: "no mask". The first row names the
-    columns. Maps in a column "anomaly …" are coloured from low to high, those of any other column from 0 to the
-    greatest value in that column; the colour bar below it says so. Raises ValueError when a map is coloured without
-    high > low, KeyError where a row lacks a column, IndexError when there is no row.
+    a picture (H,W,3) uint8, a mask (H,W) bool, or None: "no mask". The first row names the columns. Below a column
+    "anomaly …" a colour bar goes from low to high, the range of its overlays. Raises KeyError where a row lacks a
+    column, IndexError when there is no row.
     """
     columns = rows[0]["images"]
     width = SIDE + len(columns) * (TILE + GAP)
@@ -98,29 +97,21 @@ def panel(rows, low, high, title, note=""):
     for j, column in enumerate(columns):
         left = SIDE + j * (TILE + GAP)
         _write(draw, left + TILE / 2, top - 6, column, anchor="ms")
-        tiles = [row["images"][column] for row in rows]
-        tops = [np.nanmax(tile) for tile in tiles if np.asarray(tile).dtype.kind == "f"]
-        scale = (low, high) if column.startswith("anomaly") else (0, max(tops) or 1) if tops else None
-        for i, tile in enumerate(tiles):
-            sheet.paste(_tile(tile, scale), (left, top + i * (TILE + GAP)))
-        if scale:
+        for i, row in enumerate(rows):
+            sheet.paste(_tile(row["images"][column]), (left, top + i * (TILE + GAP)))
+        if column.startswith("anomaly"):
             bar = np.tile(np.linspace(0, 1, TILE), (9, 1))
             sheet.paste(Image.fromarray(colour(bar)), (left, bottom))
-            _write(draw, left, bottom + 12, "{:.3g} to {:.3g}".format(*scale), 11)
+            _write(draw, left, bottom + 12, f"{low:.3g} to {high:.3g}", 11)
     return sheet
 
 
-def _tile(picture, scale):
-    """A picture, a mask, a map or None (see panel) -> PIL image of TILE x TILE, centred on a pale ground."""
+def _tile(picture):
+    """A picture, a mask or None (see panel) -> PIL image of TILE x TILE, centred on a pale ground."""
     if picture is None:
         tile = Image.new("RGB", (TILE, TILE), PALE)
         _write(ImageDraw.Draw(tile), TILE / 2, TILE / 2, "no mask", 12, FAINT, "mm")
         return tile
-    picture = np.asarray(picture)
-    if picture.dtype.kind == "f":  # resize the values, then colour them: a mean of two colours is no value of the map
-        values = Image.fromarray(picture.astype(np.float32))
-        values = ImageOps.contain(values, (TILE, TILE), Image.Resampling.BILINEAR)
-        picture = colour(scaled(values, *scale))
     return ImageOps.pad(Image.fromarray(picture).convert("RGB"), (TILE, TILE), color=PALE)
 
 

@@ -108,7 +108,7 @@ class Method(nn.Module):
 
     calibrate -> prepare (once an image, cached) -> loss (each step of each stage) -> fit_statistics -> score
 
-    A subclass calls `super().__init__(size)`; its keyword arguments are its options, their defaults its recipe's.
+    A subclass calls `super().__init__(size)`; its keyword-only arguments are its options; `size` is one of them.
     """
 
     recipe = Recipe()
@@ -147,7 +147,7 @@ class Method(nn.Module):
         """Closed-form statistics after training. batches: a function that returns an iterator of prepared batches."""
 
     def score(self, batch):
-        """Prepared batch -> maps (B,S,S) >= 0 and scores (B,), higher is more anomalous; the paper's own pooling."""
+        """Prepared batch -> maps (B,S,S) >= 0 and scores (B,), higher is more anomalous."""
         raise NotImplementedError
 
     def reconstruction(self, batch):
@@ -567,7 +567,9 @@ class Attention(nn.Module):
 def attend(q, k, v, mask, dropout=0.0):
     """softmax(q k^T / sqrt(d) + mask) v for (B,heads,L,d), with dropout on the weights. B of q or k may be 1."""
     mask = mask if mask is None else mask.to(q.dtype)
-    if q.is_cuda:
+    if q.is_cuda or q.dtype == torch.float32:
+        batch = max(len(q), len(k))
+        q, k, v = (x if len(x) == batch else x.repeat(batch, 1, 1, 1) for x in (q, k, v))  # else it is not fused
         return F.scaled_dot_product_attention(q, k, v, mask, dropout)
     with torch.autocast("cpu", enabled=False):  # in bfloat16 twice as fast on a CPU as the fused kernel
         scores = (q * q.shape[-1] ** -0.5) @ k.mT

@@ -1,7 +1,7 @@
 """Draw a small data set like visual inspection: the same part photographed again and again, and six kinds of defect.
 
 A category is one instance: one weave, one gear, one circuit board, on every photo the same. What varies is what
-varies below a camera: the part lies up to 1.5 % of the image and 1.4 degrees off, the lamp is brighter, dimmer or
+varies below a camera: the part lies up to 1.7 % of the photo and 1.4 degrees off, the lamp is brighter, dimmer or
 tilted, the sensor has noise. Defects are faint, `contrast` = 0.4 of their full strength: a vivid one has features far
 from all training features, no reconstructor can copy it, and a set of such defects could not tell what copying costs.
 `contrast=1` draws the vivid ones.

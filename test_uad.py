@@ -67,7 +67,7 @@ def test_a_data_set_is_listed_by_name_and_what_else_lies_there_is_ignored(tmp_pa
     touch(tmp_path, "docs/readme.txt license.txt")
     bolt, nut = data.find_categories(tmp_path)
     assert (bolt.name, len(bolt.train)) == ("bolt", 3)
-    assert (nut.name, len(nut.train), nut.has_masks, nut.notes) == ("nut", 1, True, [])
+    assert (nut.name, len(nut.train), nut.notes) == ("nut", 1, [])
     cut, good = nut.test
     assert (cut.defect, cut.label, good.defect, good.label) == ("cut", 1, "good", 0)
     assert cut.masks == (tmp_path / "nut/ground_truth/cut/0_mask.png",) and good.masks == ()
@@ -149,7 +149,7 @@ def test_visa_is_read_from_its_table(tmp_path):
     bolt, nut = data.find_categories(visa(tmp_path))
     assert [item.path for item in nut.train] == [tmp_path / "nut/n/0.JPG"]
     assert [(item.defect, item.label) for item in nut.test] == [("good", 0), ("bad", 1)]
-    assert nut.test[1].masks == (tmp_path / "nut/m/0.png",) and not bolt.has_masks
+    assert nut.test[1].masks == (tmp_path / "nut/m/0.png",)
 
 
 @pytest.mark.parametrize(
@@ -1016,7 +1016,7 @@ def test_a_synthetic_set_is_complete_the_same_every_time_and_never_mixed_with_an
     small = {"size": 64, "train": 1, "good": 1, "each": 1}
     out = synthetic.write_synthetic(tmp_path / "a", **small)
     for category in data.find_categories(out):
-        assert category.has_masks and category.notes == [] and len(category.test) == 7
+        assert category.notes == [] and len(category.test) == 7
         assert all((item.twin is None) == (item.label == 0) for item in category.test)
     command = [sys.executable, synthetic.__file__, "--out", tmp_path / "b", *"--size 64 --train 2 --good 1".split()]
     subprocess.run([*command, "--each", "1"], check=True)

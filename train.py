@@ -27,7 +27,7 @@ CHUNK = 16  # images prepared or scored at a time
 LAUNCH = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")]
 BY_TORCHRUN = all(map(str.isdecimal, LAUNCH)) and int(LAUNCH[0]) < int(LAUNCH[1]) and "MASTER_ADDR" in os.environ
 RANK, WORLD = map(int, LAUNCH[:2]) if BY_TORCHRUN else (0, 1)
-RAM = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
+RAM = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**34  # Windows: a guess
 
 
 class UserError(Exception):

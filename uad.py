@@ -49,7 +49,7 @@ from train import RANK, WORLD, UserError, print0
 
 METHODS = models.METHODS | baselines.METHODS
 SETTINGS = {"precision": "auto", "workers": os.cpu_count() or 1, "save_every": 60.0, "decode": False}  # the program's
-DEMO = {  # what runs on the synthetic set change, to end in minutes on a CPU
+DEMO = {  # what runs on the synthetic set change
     "mlp": {"epochs": 90},
     "uniad": {"epochs": 65, "lr": 4e-3, "width": 128, "hidden": 256, "layers": 1},
     "rlr": {"size": 128},
@@ -74,7 +74,7 @@ def flags():
     add("--data", metavar="FOLDER", help="MVTec AD or VisA layout, or one category; without it: synthetic data")
     add("--categories", nargs="+", metavar="NAME", help="only these")
     add("--separate", action="store_true", help="one model per category; default: one for all")
-    add("--out", metavar="FOLDER", help="default: runs/METHOD-DATA")
+    add("--out", metavar="FOLDER", help="default: runs/METHOD-DATA; with --load, beside it")
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--recipe", choices=["default", "paper"], default="default", help="paper: as the paper trains it")
@@ -496,9 +496,9 @@ def panels(method, group, rows, entry, plan, machine, out):
         order = np.argsort(scores).tolist()
         good, bad = ([i for i in order if items[i].label == label] for label in (0, 1))
         clearest = {items[i].defect: i for i in bad}  # the last of a kind has its highest score
-        chosen = list(dict.fromkeys([*good[-2:][::-1], *bad[:2], *clearest.values()]))[:8]
+        chosen = list(dict.fromkeys([*good[-2:][::-1], *bad[:2], *clearest.values()]))[: train.CHUNK]
         images, shown = read(method, [items[i] for i in chosen]), []
-        (batch,) = machine.prepare(method, images)  # eight images: one batch
+        (batch,) = machine.prepare(method, images)  # in one batch
         maps = method.score(batch)[0].float().cpu().numpy()
         restored = restored_tiles(method.reconstruction(batch), decoder)
         for row, item in enumerate(images.items):
@@ -652,7 +652,8 @@ def demo(argv):
     rows = []
     for name in ("mlp", "uniad"):
         args, plan, _ = parse([*argv, "--method", name])
-        args.out = args.out and f"{args.out}/{name}"
+        args.out = f"{args.out}/{name}" if args.out else default_out(args, name)
+        args.resume &= Path(args.out, "unfinished.pt").exists()  # of the two runs, the one that was interrupted
         results = run(args, plan, None)
         values = [*results["copy_ratio"], *map(results["mean"].get, ("image_auroc", "pixel_auroc", "aupro"))]
         rows.append([name, *(f"{value:.3f}" for value in values)])

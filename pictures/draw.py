@@ -1,4 +1,4 @@
-"""Draws the README's pictures, from the repository's root:
+"""Draws the pictures of README and RESULTS, from the repository's root:
 
     python pictures/draw.py first                                 first.png: what the demo's MLP and UniAD restore
     python pictures/draw.py fader runs/fader-synthetic            fader.png: what the attenuators take away
@@ -67,7 +67,8 @@ def fader(run):
         _, plan, loaded = uad.parse(["--load", f"{run}/checkpoint.pt", *words])
         (entry,) = loaded["models"]
         found[name] = method = uad.reload(plan.build(0), entry)
-        method.fit_statistics(lambda method=method: machine.prepare(method, uad.read(method, normal(categories))))
+        with torch.no_grad():
+            method.fit_statistics(lambda method=method: machine.prepare(method, uad.read(method, normal(categories))))
     rows = []
     for category in categories:
         items = [item for item in category.test if item.label]
