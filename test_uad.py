@@ -1066,6 +1066,24 @@ def metrics_of(folder):
     return results(folder)["categories"], results(folder)["copy_ratio"]
 
 
+def test_an_interrupted_demo_goes_on_with_the_method_that_it_was_at(program, monkeypatch):
+    few = functools.partial(synthetic.write_synthetic, size=128, train=6, good=3, each=1)
+    monkeypatch.setattr(synthetic, "write_synthetic", few)
+    evaluate, words = uad.evaluate, "--categories gear --size 128 --no-panels epochs=1"
+
+    def stop(method, *args):  # after UniAD's training
+        if isinstance(method, models.UniAD):
+            raise KeyboardInterrupt
+        return evaluate(method, *args)
+
+    monkeypatch.setattr(uad, "evaluate", stop)
+    assert program(words, small=False)[0] == 130
+    monkeypatch.setattr(uad, "evaluate", evaluate)
+    code, out, err = program(f"{words} --resume", small=False)
+    assert code == 0, err
+    assert out.count("all train: ") == 1  # the MLP's, whose run had ended
+
+
 @pytest.mark.parametrize("method", uad.METHODS)
 def test_a_method_trains_writes_its_results_and_loads_to_equal_numbers(program, method):
     code, out, err = program(f"--method {method} --out run --no-panels")
