@@ -360,7 +360,8 @@ class MKD(Method):
         return [standardize(level) for standardize, level in zip(self.standardize, levels)]
 
     def calibrate(self, batches):
-        levels = self.backbone(torch.cat(list(batches))[:64])
+        images = torch.cat(list(batches))
+        levels = self.backbone(images[:: math.ceil(len(images) / 64)])  # of all categories, which lie one after another
         for standardize, level in zip(self.standardize, levels):
             standardize.fit(level)
 
@@ -659,7 +660,7 @@ class DRAEM(Method):
         super().__init__(size)
         require(size % 32 == 0, f"size={size} must be a multiple of 32: the networks halve it five times.")
         at_least(4, width=width)
-        self.files = self.find_textures(textures) if textures else []
+        self.textures, self.files = textures, []
         widths = [width * m for m in (1, 2, 4, 8, 8)]
         ups = [(w, w, out) for w, out in zip(widths[:4], [width, *widths])]
         self.restorer = UNet(3, 3, widths, ups, skips=False, pool=True)
@@ -668,12 +669,12 @@ class DRAEM(Method):
         self.marker = UNet(6, 2, widths, ups, pool=True)
         self.to(memory_format=torch.channels_last)  # by a third faster on a CPU
 
-    @staticmethod
-    def find_textures(folder):
-        """The images in a folder and its subfolders, sorted. Raises MethodError where there are none."""
-        files = sorted(p for p in Path(folder).rglob("*") if is_image_file(p.name) and p.is_file())
-        require(files, f"textures={folder} holds no image: name a folder of PNG or JPEG.")
-        return files
+    def stages(self):
+        """Finds the images in the folder of textures, which only training needs. Raises MethodError."""
+        if self.textures:
+            self.files = sorted(p for p in Path(self.textures).rglob("*") if is_image_file(p.name) and p.is_file())
+            require(self.files, f"textures={self.textures} holds no image: name a folder of PNG or JPEG.")
+        return super().stages()
 
     def draw_textures(self, images):
         """-> (B,3,S,S) in [0,1], one for each image"""

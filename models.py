@@ -182,7 +182,8 @@ class Standardize(nn.Module):
         """sample: (N,C,h,w)"""
         if self.on:
             self.mean = sample.mean((0, 2, 3), keepdim=True)[0]
-            self.std = sample.std((0, 2, 3), keepdim=True)[0] + 1e-6
+            std = sample.std((0, 2, 3), keepdim=True)[0]
+            self.std = std.clamp_min(std.mean() / 100) + 1e-6  # a ReLU's channel may be 0 on every normal image
 
     def forward(self, x):
         return (x - self.mean) / self.std
@@ -1231,7 +1232,7 @@ class EAR(ImageMethod):
 
     def hide(self, images, s):
         if self.side is None:  # a number, since torch.export cannot follow the value of a tensor
-            self.side = self.block.item() * self.size / 256
+            self.side = (self.block.item() if self.mosaic == "auto" else int(self.mosaic)) * self.size / 256
         return images * (1 - s) + mosaic(images, self.side) * s
 
     def prepare(self, images):

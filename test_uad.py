@@ -625,6 +625,7 @@ def test_lamp_has_the_gradient_of_its_formula_and_stays_finite():
 @pytest.mark.parametrize("saliency, low, high", [("spectral", 0.01, 0.99), ("everywhere", 1, 1), ("nowhere", 0, 0)])
 def test_ear_hides_what_is_salient_behind_the_mosaic(saliency, low, high):
     method, images = build("ear", saliency=saliency), torch.rand(2, 3, 128, 128)
+    method.load_state_dict(build("ear", mosaic=64).state_dict())  # its own mosaic counts, not the checkpoint's
     hidden, _, original = method.prepare(images)
     mask = method.mask(images)
     assert low <= mask.mean() <= high and torch.equal(original, images)
@@ -718,6 +719,14 @@ def test_attenuators_learn_from_what_was_pasted_and_not_from_what_is_always_hard
     assert fader.loss(batch, "attenuators") > 0.1
     monkeypatch.setattr(models, "disturb", lambda images: (images, None))
     assert fader.loss(batch, "attenuators") < 1e-6
+
+
+def test_a_channel_that_never_moves_on_normal_images_does_not_own_the_score():
+    sample = torch.randn(64, 8, 4, 4)
+    sample[:, 0] = 0
+    standardize = models.Standardize(8)
+    standardize.fit(sample)
+    assert standardize(torch.full((1, 8, 1, 1), 0.05)).abs().max() < 10
 
 
 def test_rarity_is_mahalanobis_distance_and_does_not_know_the_scale_of_channels():
@@ -1119,7 +1128,8 @@ def test_a_run_that_was_killed_goes_on_to_the_numbers_of_an_uninterrupted_one(pr
 def test_two_processes_train_one_model_and_share_the_test_images(parts, tmp_path):
     command = f"-m torch.distributed.run --nproc_per_node=2 {uad.__file__} --method mlp --data {parts} --epochs 1"
     words = [sys.executable, *command.split(), "--size", "128", "--out", "two"]
-    subprocess.run(words, cwd=tmp_path, check=True, capture_output=True)
+    printed = subprocess.run(words, cwd=tmp_path, check=True, capture_output=True).stdout
+    assert b"1 steps of 8 images" in printed  # of both together
     words = [sys.executable, uad.__file__, "--load", "two/checkpoint.pt", "--out", "one", "--no-panels"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as torchrun gives each process: the last digits depend on it
     subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, env=one_thread)
@@ -1148,6 +1158,14 @@ def test_the_threshold_is_a_quantile_of_held_out_normal_images_and_of_each_categ
     assert row["misses"] == [(~above)[labels == 1].sum(), (labels == 1).sum()]
     assert program("--load run/checkpoint.pt --out other --no-panels whiten=False")[0] == 0
     assert "misses" not in results("other")["categories"][names[0]]  # the threshold is of another score
+
+
+def test_a_broken_held_out_image_is_told_before_the_training(program, parts):
+    shutil.copytree(parts, "bad")
+    for path in Path("bad").glob("*/train/good/00[3-5].png"):
+        path.write_bytes(path.read_bytes()[:200])
+    code, out, err = program("--method mlp --data bad --size 128 --holdout 0.9 save_every=0 --out run", small=False)
+    assert code == 2 and ".png" in err and "steps" not in out
 
 
 def test_prediction_gives_score_verdict_and_overlay_and_goes_on_after_a_broken_image(program, parts):
@@ -1207,6 +1225,7 @@ BAD = [  # command line, words of the sentence
     ("--method ear saliency=best", "saliency=best"),
     ("--method fader attenuate=3", "attenuate"),
     ("--method draem textures=nowhere", "nowhere"),
+    ("--method padim decode=True", "decode"),
     ("--method mlp --size 8", "size=8"),
     ("--method mlp --epochs 0", "epochs=0"),
     ("--method mlp --lr nan", "lr"),

@@ -89,7 +89,7 @@ class Machine:
             raise UserError(f"precision={precision} must be auto, fp32 or bf16, and workers={workers} at least 1.")
         self.device, self.workers, able = pick_device(device), workers, torch.cpu.get_capabilities()
         on_cpu = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
-        native = torch.cuda.is_bf16_supported() if self.device.type == "cuda" else on_cpu
+        native = torch.cuda.is_bf16_supported(including_emulation=False) if self.device.type == "cuda" else on_cpu
         self.bf16 = precision == "bf16" or precision == "auto" and native
 
     def autocast(self):
@@ -148,7 +148,7 @@ class Prepared:
         device, count = self.source[0].device, len(self.indices)
         total = sum(part[0].numel() * 2 * count for part in parts)
         on_gpu = device.type == "cuda" and total < 0.5 * torch.cuda.mem_get_info(device)[0]
-        if not on_gpu and total > 0.5 * RAM:
+        if not on_gpu and total > 0.5 * RAM / WORLD:
             print0(f"note: {total / 2**30:.1f} GiB of prepared images do not fit: each epoch prepares them anew")
             return False
         where = device if on_gpu else "cpu"
@@ -283,7 +283,7 @@ def fit(
         if resume and number < resume["stage"]:
             continue
         run = Stage(machine, method, recipe, parameters, len(images), (seed, number))
-        print0(f"{label} {stage}: {run.total} steps of {run.batch_size} images")
+        print0(f"{label} {stage}: {run.total} steps of {run.batch_size * WORLD} images")
         if resume:
             run.load_state_dict(resume)
             resume = None
@@ -326,8 +326,9 @@ class Stage:
         if WORLD > 1:
             self.module = nn.parallel.DistributedDataParallel(self.module)
         count //= WORLD  # every process takes the same number of steps, or some would wait for ever
-        self.batch_size = min(recipe.batch_size, max(count, 1))
-        self.per_epoch = recipe.steps or max(1, count // recipe.batch_size)
+        share = max(1, recipe.batch_size // WORLD)  # the recipe's batch is that of all processes together
+        self.batch_size = min(share, max(count, 1))
+        self.per_epoch = recipe.steps or max(1, count // share)
         self.total, self.step, self.mean, self.order = recipe.epochs * self.per_epoch, 0, None, None
         method.train()
         if RANK:  # noise of its own in every process; the first one's is what a single process draws
@@ -446,7 +447,7 @@ def checksum(method):
     """Of the frozen backbone, str: a saved state does not hold it, so it must be the same one again."""
     key = hashlib.sha256()
     for name, tensor in sorted(method.state_dict().items()):
-        if name.startswith("backbone."):
+        if name.startswith("backbone.") and "pos_embed" not in name:  # DINO's are resized: other last bits elsewhere
             key.update(tensor.cpu().contiguous().numpy().tobytes())
     return key.hexdigest()[:16]
 

@@ -205,6 +205,8 @@ def check(args, plan, loaded):
         (args.eval_every < 0, "--eval-every must be at least 0."),
         (not 0 <= args.holdout < 1, "--holdout is a share: at least 0 and below 1."),
         (not 0 < args.quantile <= 1, "--quantile is a share: above 0 and at most 1."),
+        (plan.settings["decode"] and not issubclass(METHODS[plan.name], (models.FeatureMethod, models.RLR)),
+         f"decode=True is for methods that reconstruct features, and {plan.name} does not: leave it out."),
         (loaded and plan.options["size"] != loaded["options"]["size"], "--size: leave it out with --load."),
     ):
         if wrong:
@@ -263,8 +265,7 @@ def run(args, plan, loaded):
     if RANK == 0:
         report(results, out)
         if not loaded:
-            train.write(out / "checkpoint.pt", content)
-            unfinished.unlink(missing_ok=True)
+            unfinished.replace(out / "checkpoint.pt")  # what was saved last is all of it
     return results
 
 
@@ -300,6 +301,9 @@ def fit_one(method, group, args, plan, machine, label, save, current):
         held |= set(own[: min(math.ceil(args.holdout * len(own)), len(own) - 1)])
         some += own[: max(256 // len(group), 1)]
     images = read(method, [item for category in group for item in category.train if item not in held])
+    normal = sorted(held, key=str) or some
+    for _ in machine.read(read(method, normal), range(len(normal)), method.size):
+        pass  # one that cannot be read must not cost the training
     curve = current.get("curve", []) if current else []
 
     def observe(step, stage, loss):
@@ -313,7 +317,6 @@ def fit_one(method, group, args, plan, machine, label, save, current):
     train.fit(method, images, machine=machine, seed=args.seed, label=label, eval_every=args.eval_every, observe=observe,
               save_every=plan.settings["save_every"], save=lambda state: save(state | {"curve": curve}), resume=current,
               **dataclasses.asdict(plan.recipe))  # fmt: skip
-    normal = sorted(held, key=str) or some
     entry = {"name": label, "state": train.trained_state(method), "backbone": train.checksum(method), "curve": curve}
     return entry | {"held_out": bool(held)} | normal_range(method, normal, args.quantile, machine)
 
@@ -414,6 +417,8 @@ def read_checkpoint(path):
         content = torch.load(path, map_location="cpu", weights_only=True)
         if (version := content["version"]) == VERSION:
             verify(content)
+    except MemoryError:
+        raise
     except Exception as error:
         kind = type(error).__name__
         raise UserError(f"{path} is no checkpoint.pt as a run writes it ({kind}): train again.") from None
@@ -438,8 +443,9 @@ def interrupted(path, content, resume):
     """-> finished models, state of the next one or None, options: of the run that was interrupted here, or of a new
     one. Raises UserError when --resume finds another run, or none."""
     if not resume:
-        if path.exists() and not content["models"]:  # with --load nothing is written there
-            print0(f"note: {path} is of an interrupted run and soon written over: --resume would go on with it")
+        for file, way in ((path, "--resume would go on with it"), (path.with_name("checkpoint.pt"), "see --out")):
+            if file.exists() and not content["models"]:  # with --load nothing is written there
+                print0(f"note: {file} is of an earlier run and soon written over: {way}")
         return content["models"], None, content["options"]
     if not path.exists():
         raise UserError(f"--resume: there is no {path}, so nothing was interrupted there: leave --resume out.")
@@ -584,11 +590,12 @@ def predict(args, plan, loaded):
 
 def export(args, plan, loaded):
     """Writes --export FILE.pt2 and checks it against the program itself."""
+    args.device = args.device.replace("auto", "cpu")  # a file traced on a GPU runs on no other machine
     method, machine, entry = load_for_use(args, plan, loaded)
     images = torch.rand(1, 3, method.size, method.size, device=machine.device)
     module = models.Exported(method).eval().requires_grad_(False)
+    expected, _ = train.predict(method, images, machine=machine)  # first: tracing must fill no cache
     with torch.no_grad():
-        expected, _ = module(images)  # before the tracing, which must not be the first to fill a cache of constants
         try:
             program = torch.export.export(module, (images,))
         except Exception as error:  # whatever the tracer cannot follow
@@ -597,8 +604,9 @@ def export(args, plan, loaded):
     buffer = io.BytesIO()  # onto a full disk PyTorch's own writer aborts the process
     torch.export.save(program, buffer)
     train.write(args.export, buffer.getvalue())
+    difference = np.abs(maps.numpy(force=True) - expected).max() / expected.max()
     print0(f"wrote {args.export}: input (1,3,{method.size},{method.size}) in [0,1]; "
-        f"largest difference of the maps {(maps - expected).abs().max().item():.1e}; "
+        f"largest difference from the program's map {difference:.1e} of its maximum; "
         f"scores above {entry['threshold']:.6g} are defective")  # fmt: skip
     return 0
 
@@ -655,7 +663,7 @@ def demo(argv):
         args.out = f"{args.out}/{name}" if args.out else default_out(args, name)
         args.resume &= Path(args.out, "unfinished.pt").exists()  # of the two runs, the one that was interrupted
         results = run(args, plan, None)
-        values = [*results["copy_ratio"], *map(results["mean"].get, ("image_auroc", "pixel_auroc", "aupro"))]
+        values = [np.mean(results["copy_ratio"]), *map(results["mean"].get, ("image_auroc", "pixel_auroc", "aupro"))]
         rows.append([name, *(f"{value:.3f}" for value in values)])
     print0()
     print0(figures.table(["method", "copy ratio", "image AUROC", "pixel AUROC", "AUPRO"], rows))
