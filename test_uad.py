@@ -1162,13 +1162,10 @@ def test_the_threshold_is_a_quantile_of_held_out_normal_images_and_of_each_categ
 
 def test_one_odd_normal_image_does_not_dim_the_overlays(monkeypatch):
     maps = np.random.default_rng(0).random((9, 30, 30), np.float32)
-    ranges = []
-    for odd in (1, 50):
-        maps[4] *= odd
-        monkeypatch.setattr(train, "predict", lambda *args, **how: (maps, maps.max((1, 2))))
-        ranges.append(uad.normal_range(build("mlp"), [data.Item(Path("a"), "nut", "good", ())] * 9, 0.9, CPU))
-    assert ranges[1]["threshold"] > 10 and 0.8 < ranges[1]["low"] < ranges[1]["high"] < 1.2
-    assert ranges[1]["low"] == pytest.approx(ranges[0]["low"], abs=0.01)
+    maps[4] *= 50
+    monkeypatch.setattr(train, "predict", lambda *args, **how: (maps, maps.max((1, 2))))
+    ranges = uad.normal_range(build("mlp"), [data.Item(Path("a"), "nut", "good")] * 9, 0.9, CPU)
+    assert ranges["threshold"] > 10 and 0.9 < ranges["low"] < ranges["high"] < 1.2
 
 
 def test_a_broken_held_out_image_is_told_before_the_training(program, parts):

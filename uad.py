@@ -331,8 +331,8 @@ def normal_range(method, items, quantile, machine):
 
     def limits(chosen):
         pixels = maps[chosen, ::3, ::3]  # every ninth pixel tells the distribution as well
-        low = float(np.median(np.quantile(pixels, 0.99, axis=(1, 2))))  # of each: an odd one must not dim all
-        top = float(np.quantile(pixels.max((1, 2)), 0.75))
+        top = float(np.quantile(pixels.max((1, 2)), 0.95, method="lower"))  # not the peak of one that is odd
+        low = min(float(np.quantile(pixels, 0.99)), top)
         threshold = float(np.quantile(scores[chosen], quantile, method="higher"))
         return {"threshold": threshold, "low": low, "high": max(2 * top - low, low + 1e-6)}
 
