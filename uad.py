@@ -301,8 +301,8 @@ def fit_one(method, group, args, plan, machine, label, save, current):
         held |= set(own[: min(math.ceil(args.holdout * len(own)), len(own) - 1)])
         some += own[: max(256 // len(group), 1)]
     images = read(method, [item for category in group for item in category.train if item not in held])
-    normal = sorted(held, key=str) or some
-    for _ in machine.read(read(method, normal), range(len(normal)), method.size):
+    aside = sorted(held, key=str)
+    for _ in machine.read(read(method, aside), range(len(aside)), method.size):
         pass  # one that cannot be read must not cost the training
     curve = current.get("curve", []) if current else []
 
@@ -318,7 +318,7 @@ def fit_one(method, group, args, plan, machine, label, save, current):
               save_every=plan.settings["save_every"], save=lambda state: save(state | {"curve": curve}), resume=current,
               **dataclasses.asdict(plan.recipe))  # fmt: skip
     entry = {"name": label, "state": train.trained_state(method), "backbone": train.checksum(method), "curve": curve}
-    return entry | {"held_out": bool(held)} | normal_range(method, normal, args.quantile, machine)
+    return entry | {"held_out": bool(held)} | normal_range(method, aside or some, args.quantile, machine)
 
 
 def normal_range(method, items, quantile, machine):
