@@ -132,7 +132,7 @@ class PaDiM(Method):
         super().__init__(size)
         at_least(0, dims=dims)
         self.grid = size // 4
-        self.backbone = Backbone(backbone, weights, levels=3)  # strides 4, 8, 16 whatever the backbone
+        self.backbone = Backbone(backbone, weights, levels=3)  # strides 4, 8, 16; of vgg16 8, 16, 32
         total = sum(self.backbone.channels)
         if dims == 0:
             dims = total if total <= 256 else 100 if total <= 1000 else 550
@@ -159,7 +159,8 @@ class PaDiM(Method):
         self.mean, covariance = gaussians(self.features(levels) for levels in batches())
         diagonal, unit = covariance.diagonal(dim1=1, dim2=2), 1.0
         if self.standardize:  # each channel's variance over all images and positions
-            unit = (diagonal.mean(0) + self.mean.var(0, unbiased=False)).clamp_min(1e-12)
+            unit = diagonal.mean(0) + self.mean.var(0, unbiased=False)
+            unit = unit.clamp_min(unit.mean() / 1e4).clamp_min(1e-12)  # a ReLU's channel may be 0 on every normal image
         diagonal.add_(0.01 * unit)
         self.whiten = whitening(covariance)
 
@@ -188,7 +189,8 @@ class UninformedStudents(Method):
     position, on the training images with random textures pasted in, so that it also describes what students never
     see; no triplet loss; maps at stride 4 (65: stride 8) instead of every pixel, to which the 17 net's kernels are
     adapted; width 32 instead of 128; BatchNorm, without which so short a training taught the teacher nothing; one
-    patch size by default; z-scores on training images and without their mean, a constant that moves no ranking.
+    patch size by default; z-scores on training images and without their mean, a constant that moves no ranking; mu and sigma
+    averaged over batches.
     """
 
     NETS = {  # patch size: stride, hidden layers (width / `width`, kernel, stride, pooling 2x2), kernel of the last
@@ -277,7 +279,9 @@ class UninformedStudents(Method):
         """-> for each patch size the teacher's, standardized (B,128,h,w), and the students' (3,B,128,h,w)"""
         for teacher, norm, students in zip(self.teachers, self.norms, self.students):
             with torch.no_grad():
-                y = norm(teacher(images).float())
+                y = teacher(images).float()
+                norm(y)  # in training the running mean and variance go on; the target is by those, as in scoring
+                y = F.batch_norm(y, norm.running_mean, norm.running_var)
             yield y, torch.stack([student(images).float() for student in students])
 
     def errors(self, images):
@@ -546,7 +550,7 @@ class CutPaste(Method):
     Li et al., CVPR 2021, sections 2 and 3. Theirs: ResNet-18 from random weights with an MLP head; patch of 2-15 % of
     the area and aspect 0.3-3.3; scar of 2-16 x 10-25 pixels at +-45 degrees; colour jitter 0.1; SGD 0.03, momentum
     0.9, cosine, batch 64, 256 epochs of 256 steps whatever the number of images; 256x256; Gaussian density; Grad-CAM,
-    or a patch model, localises. Ours: any backbone to stride 16, trained on from ImageNet weights (weights = none:
+    or a patch model, localises. Ours: any backbone, trained on from ImageNet weights (weights = none:
     from random ones, the paper's way); by default an epoch passes each image once; the covariance is shrunk, as there
     are fewer images than channels; colour jitter = a random gain of each channel and of the contrast.
     Grad-CAM has a closed form here: the weights are the gradient of d^2 / 2, P (m - mu), equal at all positions, and
@@ -658,7 +662,7 @@ class DRAEM(Method):
 
     def __init__(self, *, size=256, width=16, textures=None):
         super().__init__(size)
-        require(size % 32 == 0, f"size={size} must be a multiple of 32: the networks halve it five times.")
+        require(size % 32 == 0 and size > 32, f"size={size} must be a multiple of 32 above it: five halvings.")
         at_least(4, width=width)
         self.textures, self.files = textures, []
         widths = [width * m for m in (1, 2, 4, 8, 8)]

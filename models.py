@@ -186,7 +186,7 @@ class Standardize(nn.Module):
             self.std = std.clamp_min(std.mean() / 100) + 1e-6  # a ReLU's channel may be 0 on every normal image
 
     def forward(self, x):
-        return (x - self.mean) / self.std
+        return (x - self.mean) / self.std if self.on else x
 
 
 def gaussians(batches):
@@ -821,6 +821,7 @@ class RLR(Method):
     ):  # fmt: skip
         super().__init__(size)
         require(size % 16 == 0, f"size={size} must be a multiple of 16, the stride of the features.")
+        require(backbone != "vgg16", "backbone=vgg16 ends at stride 32, and RLR takes 8 and 16: choose another.")
         at_least(0, alpha=alpha)
         one_of(("bilinear", "lanczos"), resample=resample)
         self.smooth, self.resample = smooth, resample
@@ -1052,7 +1053,8 @@ class ImageMethod(Method):
         mean, count = 0.0, 0
         for batch in batches():
             mean, count = mean + self.error(batch).sum(0, keepdim=True), count + len(batch[0])
-        self.usual = self.smoothed(mean / count) + 0.3 * mean.mean() / count  # on flat ground it is nearly 0
+        mean = mean / count
+        self.usual = (self.smoothed(mean) + 0.3 * mean.mean()).clamp_min(1e-6)  # on flat ground the mean is nearly 0
 
     def score(self, batch):
         maps, pool = self.error(batch), 1
@@ -1082,7 +1084,7 @@ def mosaic(images, m):
     if m <= 1:
         return images
     size = images.shape[-1]
-    matrix = gaussian_matrix(max(1, round(size / m)), size, (m - 1) / 2, round(2 * m), images.device)
+    matrix = gaussian_matrix(max(1, round(size / m)), size, max((m - 1) / 2, 0.1), round(2 * m), images.device)
     return F.interpolate(both_axes(matrix, images), size)  # nearest
 
 
@@ -1200,7 +1202,6 @@ class EAR(ImageMethod):
                 self.settled = {"saliency": "everywhere"}
         self.saliency, self.mosaic = self.settled.get("saliency", saliency), mosaic
         self.register_buffer("block", torch.tensor(0 if mosaic == "auto" else int(mosaic)))
-        self.side = None  # of a block in pixels at this size, as soon as it is known
 
     def calibrate(self, batches):
         """mosaic="auto" (the paper predicts m from normal data, by a rule it does not print; this one is ours).
@@ -1209,7 +1210,6 @@ class EAR(ImageMethod):
         cannot be restored by heart. Take the m with the best ratio: the share of a pasted disturbance that the mosaic
         hides, over the deviation across normal images of what it takes away from them.
         """
-        self.side = None
         if self.mosaic != "auto":
             return
         images = torch.cat(list(batches))
@@ -1231,7 +1231,7 @@ class EAR(ImageMethod):
         return salient(find(images), self.saliency)
 
     def hide(self, images, s):
-        if self.side is None:  # a number, since torch.export cannot follow the value of a tensor
+        if not torch.compiler.is_exporting():  # which cannot follow the value of a tensor, and takes the last number
             self.side = (self.block.item() if self.mosaic == "auto" else int(self.mosaic)) * self.size / 256
         return images * (1 - s) + mosaic(images, self.side) * s
 
@@ -1338,7 +1338,7 @@ class FADeR(EAR):
     def stages(self):
         chosen = [p for gate in self.gates if gate is not None for p in gate.parameters()]
         stages = [("u-net", list(self.unet.parameters())), ("attenuators", chosen)]
-        return stages if chosen else stages[:1]
+        return stages[:1] if self.shallow_off or not chosen else stages
 
     def restore(self, batch):
         gates = [lambda skip, _: skip * 0, None, None] if self.shallow_off else self.gates

@@ -124,7 +124,7 @@ def as_image(image, size, device):
         if image.min() >= 0 and image.max() <= 1:
             return image.to(device).float()
     elif isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.shape == (size, size, 3):
-        return torch.from_numpy(image).to(device).permute(2, 0, 1).float() / 255
+        return torch.from_numpy(np.ascontiguousarray(image)).to(device).permute(2, 0, 1).float() / 255
     found = f"{getattr(image, 'dtype', type(image).__name__)} {tuple(getattr(image, 'shape', ()))}"
     raise UserError(f"Images must be uint8 ({size},{size},3) or float (3,{size},{size}) in [0,1]; one is {found}.")
 
@@ -400,6 +400,12 @@ class LossModule(nn.Module):
         return self.method.loss(batch, stage)
 
 
+def check_room(count, side):
+    """Raises UserError when the maps of so many images do not fit into half of the memory."""
+    if count * side**2 * 4 > 0.5 * RAM:
+        raise UserError(f"The maps of {count} images need {count * side**2 / 2**28:.0f} GiB: give fewer at a time.")
+
+
 def predict(method, images, *, machine=None, indices=None):
     """-> anomaly maps (N,S,S) and image scores (N,), float32 arrays. images: see above; indices: of some of them.
 
@@ -407,8 +413,7 @@ def predict(method, images, *, machine=None, indices=None):
     """
     machine, side, done = machine or Machine(), method.size, 0
     count = len(images if indices is None else indices)
-    if count * side**2 * 4 > 0.5 * RAM:
-        raise UserError(f"The maps of {count} images need {count * side**2 / 2**28:.0f} GiB: give fewer at a time.")
+    check_room(count, side)
     maps, scores = np.empty((count, side, side), np.float32), np.empty(count, np.float32)
     method.to(machine.device)
     for batch in machine.prepare(method, images, indices):

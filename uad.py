@@ -173,7 +173,8 @@ def parse(argv):
         changed = {k: v for k, v in saved.items() if k not in defaults or v != defaults[k]}
         given = [f"{k}={as_text(v)}" for k, v in changed.items()] + given  # as words: somebody may have edited them
         asked = {name: getattr(args, name) for name in ("data", "categories") if getattr(args, name)}
-        vars(args).update(loaded["run"] | asked)
+        own = {"categories": None} if args.data or args.export or args.predict is not None else {}
+        vars(args).update(loaded["run"] | own | asked)
     else:
         values = defaults | (DEMO.get(name, {}) if args.data is None and not args.help else {})
         values |= METHODS[name].paper if args.recipe == "paper" else {}
@@ -251,9 +252,12 @@ def run(args, plan, loaded):
             content["models"].append(entry)
             save(None)  # a test image that cannot be read must not cost the training
         found = evaluate(method, group, machine)
-        rows |= judge(found, group, entry) if not loaded or plan.options == loaded["options"] else found
+        same = not loaded or plan.options == loaded["options"]  # else threshold and colours are of another score
+        rows |= judge(found, group, entry) if same else found
+        if not same:
+            print0("note: the threshold and the colours are of other options, so there are no verdicts and no panels")
         ratios.append(copy_ratio(method, group, machine))
-        if not args.no_panels:
+        if same and not args.no_panels:
             panels(method, group, rows, entry, plan, machine, out)
 
     results = {
@@ -302,6 +306,7 @@ def fit_one(method, group, args, plan, machine, label, save, current):
         some += own[: max(256 // len(group), 1)]
     images = read(method, [item for category in group for item in category.train if item not in held])
     aside = sorted(held, key=str)
+    train.check_room(len(aside or some), method.size)  # for the threshold: to learn it now costs no training
     for _ in machine.read(read(method, aside), range(len(aside)), method.size):
         pass  # one that cannot be read must not cost the training
     curve = current.get("curve", []) if current else []
@@ -331,8 +336,9 @@ def normal_range(method, items, quantile, machine):
 
     def limits(chosen):
         pixels = maps[chosen, ::3, ::3]  # every ninth pixel tells the distribution as well
-        top = float(np.quantile(pixels.max((1, 2)), 0.95, method="lower"))  # not the peak of one that is odd
-        low = min(float(np.quantile(pixels, 0.99)), top)
+        peaks = pixels.max((1, 2))
+        top = float(np.quantile(peaks, 0.95, method="lower"))  # not the peak of one that is odd
+        low = float(np.quantile(pixels[peaks <= top], 0.99))
         threshold = float(np.quantile(scores[chosen], quantile, method="higher"))
         return {"threshold": threshold, "low": low, "high": max(2 * top - low, low + 1e-6)}
 
