@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.datasets.folder import is_image_file, pil_loader
-from torchvision.ops import MLP
+from torchvision.ops import MLP, Conv2dNormActivation
 from torchvision.transforms import v2
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -26,6 +26,7 @@ from models import (
     Standardize,
     UNet,
     at_least,
+    bilinear,
     both_axes,
     gaussian_blur,
     gaussian_matrix,
@@ -33,6 +34,7 @@ from models import (
     in_float32,
     require,
     ssim_error,
+    to_tokens,
     whitening,
 )
 
@@ -42,7 +44,7 @@ from models import (
 
 def upsample(maps, size):
     """(B,h,w) -> (B,S,S), bilinear."""
-    return F.interpolate(maps[:, None], (size, size), mode="bilinear").squeeze(1)
+    return bilinear(maps[:, None], size).squeeze(1)
 
 
 def uniform(batch, low, high, channels=1):
@@ -148,9 +150,8 @@ class PaDiM(Method):
 
     def features(self, levels):
         """Levels -> (B,L,C): the chosen channels on the finest grid, position by position and row by row."""
-        levels = [F.interpolate(level, (self.grid, self.grid)) for level in levels]  # nearest
-        x = torch.cat(levels, 1)
-        return (x if self.chosen is None else x[:, self.chosen]).flatten(2).transpose(1, 2)
+        x = torch.cat([F.interpolate(level, self.grid) for level in levels], 1)  # nearest
+        return to_tokens(x if self.chosen is None else x[:, self.chosen])
 
     def stages(self):
         return []
@@ -193,10 +194,11 @@ class UninformedStudents(Method):
     averaged over batches.
     """
 
-    NETS = {  # patch size: stride, hidden layers (width / `width`, kernel, stride, pooling 2x2), kernel of the last
-        17: (4, [(1, 5, 2, 0), (2, 3, 1, 0), (2, 3, 2, 0)], 2),
-        33: (4, [(1, 5, 1, 1), (2, 5, 1, 1), (2, 2, 1, 0)], 4),
-        65: (8, [(1, 5, 1, 1), (1, 5, 1, 1), (1, 5, 1, 1), (2, 4, 1, 0)], 1),
+    # Patch size: pixels seen, stride, hidden layers (width / `width`, kernel, stride, pooling 2x2), kernel of the last.
+    NETS = {
+        17: (17, 4, [(1, 5, 2, 0), (2, 3, 1, 0), (2, 3, 2, 0)], 2),
+        33: (32, 4, [(1, 5, 1, 1), (2, 5, 1, 1), (2, 2, 1, 0)], 4),
+        65: (60, 8, [(1, 5, 1, 1), (1, 5, 1, 1), (1, 5, 1, 1), (2, 4, 1, 0)], 1),
     }
     recipe = Recipe(batch_size=4, lr=1e-3)
     paper = {
@@ -215,7 +217,6 @@ class UninformedStudents(Method):
         super().__init__(size)
         at_least(4, width=width)
         require(fields and set(fields) <= set(self.NETS), f"fields={fields} must be a choice of 17, 33 and 65.")
-        self.fields = tuple(fields)
         self.backbone = Backbone(backbone, weights)
         channels = sum(self.backbone.channels)
         self.teachers = nn.ModuleList(self.patch_net(field, width) for field in fields)
@@ -231,10 +232,9 @@ class UninformedStudents(Method):
 
         The poolings of 33 and 65 drop a border of a lone patch, so that they in fact see 32 and 60 pixels.
         """
-        stride, hidden, last_kernel = self.NETS[field]
-        seen = {17: 17, 33: 32, 65: 60}[field]
+        seen, stride, hidden, last_kernel = self.NETS[field]
         before, after = (seen - stride) // 2, (seen - stride + 1) // 2
-        layers = [nn.ReflectionPad2d((before, after, before, after))]
+        layers = [nn.ReflectionPad2d((before, after) * 2)]
         inp = 3
         for multiple, kernel, step, pooling in hidden:
             out = multiple * width
@@ -249,12 +249,10 @@ class UninformedStudents(Method):
         return [("teacher", teaching), ("students", list(self.students.parameters()))]
 
     def frozen_features(self, images, size):
-        levels = [F.interpolate(level, size, mode="bilinear") for level in self.backbone(images)]
-        return torch.cat(levels, 1)
+        return torch.cat([bilinear(level, size) for level in self.backbone(images)], 1)
 
     def calibrate(self, batches):
-        sample = [self.frozen_features(images, (16, 16)) for images in batches]
-        self.standardize.fit(torch.cat(sample))
+        self.standardize.fit(torch.cat([self.frozen_features(images, 16) for images in batches]))
 
     def loss(self, batch, stage):
         (images,) = batch
@@ -273,7 +271,7 @@ class UninformedStudents(Method):
 
     def student_loss(self, images):
         self.teachers.eval()  # trained: its BatchNorm must not go on moving
-        return sum((s - y).square().sum(2).mean() for y, s in self.descriptors(images)) / len(self.fields)
+        return sum((s - y).square().sum(2).mean() for y, s in self.descriptors(images)) / len(self.teachers)
 
     def descriptors(self, images):
         """-> for each patch size the teacher's, standardized (B,128,h,w), and the students' (3,B,128,h,w)"""
@@ -297,8 +295,7 @@ class UninformedStudents(Method):
 
     def score(self, batch):
         fields = zip(self.errors(batch[0]), self.spread)
-        maps = sum(upsample(e / std_e + v / std_v, self.size) for (e, v), (std_e, std_v) in fields)
-        maps = maps / len(self.fields)
+        maps = sum(upsample(e / std_e + v / std_v, self.size) for (e, v), (std_e, std_v) in fields) / len(self.teachers)
         return maps, maps.amax((1, 2))
 
 
@@ -344,7 +341,7 @@ class MKD(Method):
             level = stage(level)
             layers = []
             for out in [width] * (1 if i < 2 else 2):
-                layers += [nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+                layers += Conv2dNormActivation(inp, out)  # 3x3, BatchNorm, ReLU
                 inp = out
             out = level.shape[1] if i or len(self.backbone.stages) < 4 else width  # of four the first is not compared
             layers += [nn.Conv2d(inp, out, 3, padding=1, bias=False), nn.Identity() if standardize else nn.ReLU()]
@@ -506,7 +503,7 @@ class PatchSVDD(Method):
         generator = torch.Generator().manual_seed(0)
 
         def sample(h):
-            h = h.flatten(2).transpose(1, 2)  # (B,P,D)
+            h = to_tokens(h)  # (B,P,D)
             chosen = torch.randperm(h.shape[1], generator=generator)[:share]
             return h[:, chosen.to(h.device)].flatten(0, 1)
 
@@ -519,7 +516,7 @@ class PatchSVDD(Method):
 
         |h - n|^2 = |h|^2 + |n|^2 - 2 h'n, by pieces of the memory that stay in the processor's cache.
         """
-        x = h.float().flatten(2).transpose(1, 2).flatten(0, 1)  # (B g g, D)
+        x = to_tokens(h.float()).flatten(0, 1)  # (B g g, D)
         best = torch.inf
         for part in bank.split(256):
             found = torch.addmm(part.square().sum(1), x, part.T, alpha=-2).amin(1)
@@ -666,10 +663,10 @@ class DRAEM(Method):
         at_least(4, width=width)
         self.textures, self.files = textures, []
         widths = [width * m for m in (1, 2, 4, 8, 8)]
-        ups = [(w, w, out) for w, out in zip(widths[:4], [width, *widths])]
+        ups = list(zip(widths[:4], [width, *widths]))
         self.restorer = UNet(3, 3, widths, ups, skips=False, pool=True)
         widths = [width // 2 * m for m in (1, 2, 4, 8, 8, 8)]
-        ups = [(w, w, w) for w in (widths[0], *widths[:4])]
+        ups = [(w, w) for w in (widths[0], *widths[:4])]
         self.marker = UNet(6, 2, widths, ups, pool=True)
         self.to(memory_format=torch.channels_last)  # by a third faster on a CPU
 
@@ -781,7 +778,7 @@ class FCDD(Method):
     def calibrate(self, batches):
         if self.contrast:
             x = torch.cat([self.local_contrast(images) for images in batches]).transpose(0, 1).flatten(1)
-            low, high = x.amin(1)[:, None, None], x.amax(1)[:, None, None]
+            low, high = (edge[:, None, None] for edge in x.aminmax(dim=1))
             self.range.mean, self.range.std = low, high - low + 1e-6
 
     def heat(self, images):

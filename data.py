@@ -100,17 +100,17 @@ def _category(name, train, test, notes=()):
     return Category(name, train, test, notes)
 
 
+def _visible(folder):
+    """What lies in a folder and is not hidden, sorted; [] if there is no such folder."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+
+
 def _folders(folder):
-    """The visible folders in a folder, sorted."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [path for path in _visible(folder) if path.is_dir()]
 
 
 def _images(folder):
-    """The visible image files in a folder, sorted; [] if there is no such folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir()
-                  if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file())
+    return [path for path in _visible(folder) if path.suffix.lower() in EXTENSIONS and path.is_file()]
 
 
 def _read_mvtec(name, folder):
@@ -119,7 +119,7 @@ def _read_mvtec(name, folder):
     if not train:
         raise DataError(f"{folder / 'train' / 'good'} is missing or holds no image; put normal training images there")
     test, notes = [], []
-    for kind in _folders(folder / "test") if (folder / "test").is_dir() else ():
+    for kind in _folders(folder / "test"):
         images = _images(kind)
         masks = {} if kind.name == "good" else _pair_masks(images, _images(folder / "ground_truth" / kind.name))
         for path in images:

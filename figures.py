@@ -36,20 +36,15 @@ def colour(values):
     return rgb.round().astype(np.uint8)
 
 
-def scaled(values, low, high):
-    """values: any shape -> floats with low at 0 and high at 1, not clipped. Raises ValueError unless high > low."""
-    if not high > low:
-        raise ValueError(f"a scale needs high > low, not {low} to {high}")
-    return (np.asarray(values, float) - low) / (high - low)
-
-
 def overlay(image, anomaly, low, high):
     """The image under its anomaly map. image (H,W,3) uint8, anomaly (H,W) -> (H,W,3) uint8.
 
     Opacity grows with the anomaly: at `low`, below it and where it is NaN, the image is unchanged. Raises ValueError
     unless high > low and the shapes agree.
     """
-    strength = np.clip(np.nan_to_num(scaled(anomaly, low, high)), 0, 1)
+    if not high > low:
+        raise ValueError(f"a scale needs high > low, not {low} to {high}")
+    strength = np.clip(np.nan_to_num((np.asarray(anomaly, float) - low) / (high - low)), 0, 1)
     if image.shape != (*strength.shape, 3):
         raise ValueError(f"an image {image.shape} and an anomaly map {strength.shape} do not fit")
     alpha = OPACITY * strength[..., None]
@@ -142,12 +137,6 @@ def _axis(values, first, last, log=False):
     return place, marks[(marks >= low) & (marks <= high)]
 
 
-def peak_and_final(x, y):
-    """-> ((x, y) of the greatest y, (x, y) of the last), both among the finite ones; None where there are none."""
-    pairs = [pair for pair in zip(x, np.asarray(y, float)) if np.isfinite(pair[1])]
-    return (max(pairs, key=lambda pair: pair[1]), pairs[-1]) if pairs else None
-
-
 def curve(series, path, title="", right=(0, 1), across="steps"):
     """Line chart -> PNG at path.
 
@@ -179,14 +168,15 @@ def curve(series, path, title="", right=(0, 1), across="steps"):
     _vertical(draw, axes)
     for i, (s, (side, x, y)) in enumerate(zip(series, lines)):
         shade, height = COLOURS[i % len(COLOURS)], 66 + 36 * i
-        up, label, ends = axes[side][0], f"{s['name']} ({side})", peak_and_final(x, y)
-        if ends:  # not None: there is something to draw
+        up, known = axes[side][0], np.flatnonzero(np.isfinite(y))
+        label = f"{s['name']} ({side})" if len(axes) > 1 else s["name"]
+        if len(known):
             _polyline(draw, along(x), up(y), shade)
             if s.get("label_ends"):
-                (peak_x, peak), (final_x, final) = ends
-                label += f": peak {number(peak)} at {peak_x:g} (ring), final {number(final)} (dot)"
-                draw.circle((along(peak_x), up(peak)), 9, "white", shade, 3)
-                draw.circle((along(final_x), up(final)), 5, shade)
+                peak, final = known[y[known].argmax()], known[-1]
+                label += f": peak {number(y[peak])} at {x[peak]:g} (ring), final {number(y[final])} (dot)"
+                draw.circle((along(x[peak]), up(y[peak])), 9, "white", shade, 3)
+                draw.circle((along(x[final]), up(y[final])), 5, shade)
         draw.line((LEFT, height, LEFT + 56, height), shade, 5)
         _write(draw, LEFT + 70, height, label, 22, anchor="lm")
     save(sheet.reduce(2), path)

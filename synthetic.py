@@ -136,9 +136,9 @@ def _fabric(rng, size):
     t = 2 * (v % 1) - 1
     down = _thread(0.9, t, s) * _rgb("#607aa8")
     across = _thread(0.86, s, t) * _rgb("#e2d6be")
-    on_top = (np.floor(u) + np.floor(v)) % 2 == 0
-    whole = np.where(on_top[..., None], down, across)
-    bare = np.where(on_top[..., None], down, 0.55 * down)  # a thread is gone: a deeper, darker one shows
+    on_top = ((np.floor(u) + np.floor(v)) % 2 == 0)[..., None]
+    whole = np.where(on_top, down, across)
+    bare = np.where(on_top, down, 0.55 * down)  # a thread is gone: a deeper, darker one shows
     pieces = [_box(rng.uniform(0.3, 0.7) + 1j * (row + 0.5) / 22, 0.3, 1 / 22) for row in range(4, 18)]
     return whole, bare, np.ones((size, size), bool), pieces
 
@@ -279,11 +279,10 @@ def write_synthetic(out="./synthetic", size=256, train=60, good=20, each=4, cont
 def _write(folder, split, defect, index, size, seed, contrast):
     """Draw and write one image of a category, if it is defective with its mask and its twin."""
     key = zlib.crc32(f"{folder.name}/{split}/{defect}/{index}".encode())  # own randomness for every image
-    normal = defect == "good"
-    kind = None if normal else defect
+    kind = None if defect == "good" else defect
     image, twin, mask = draw(folder.name, [seed, key], kind, size, contrast)
     files = {f"{split}/{defect}/{index:03}.png": image}
-    if not normal:
+    if kind:
         files[f"ground_truth/{defect}/{index:03}_mask.png"] = mask
         files[f"twin/{defect}/{index:03}.png"] = twin
     for name, pixels in files.items():

@@ -316,8 +316,7 @@ class Stage:
     """One stage of training, step by step; its state is all that a resumed run needs to give the same numbers."""
 
     def __init__(self, machine, method, recipe, parameters, count, seeds):
-        for p in method.parameters():
-            p.requires_grad_(False)
+        method.requires_grad_(False)
         for p in parameters:
             p.requires_grad_(True)
         self.machine, self.method, self.recipe, self.parameters = machine, method, recipe, parameters
@@ -420,8 +419,7 @@ def predict(method, images, *, machine=None, indices=None):
         here = slice(done, done + len(batch[0]))
         with machine.autocast():  # its distances stay in float32
             result = method.score(batch)
-        for found, part in zip((maps, scores), result):
-            found[here] = part.float().cpu()
+        maps[here], scores[here] = (part.float().cpu() for part in result)
         done = here.stop
     return maps, scores
 

@@ -97,8 +97,7 @@ def method_options(cls):
     """Keyword arguments of a method's constructor and of those it passes them on to, with their defaults."""
     found = {}
     for base in cls.__mro__:
-        parameters = inspect.signature(base.__init__).parameters if issubclass(base, models.Method) else {}
-        for name, p in parameters.items():
+        for name, p in inspect.signature(base.__init__).parameters.items():
             if p.kind is p.KEYWORD_ONLY:
                 found.setdefault(name, p.default)
     return found
@@ -161,7 +160,8 @@ def parse(argv):
     name = loaded["method"] if loaded else args.method or "uniad"
     if args.method not in (None, name):
         raise UserError(f"--method {args.method}: {args.load} is a checkpoint of {name}: leave the option out.")
-    defaults = defaults_of(METHODS[name])
+    cls = METHODS[name]
+    defaults = defaults_of(cls)
     if loaded:
         training = ("separate", "seed", "recipe", "eval_every", "holdout", "quantile", "resume")
         vain = [f"--{flag.replace('_', '-')}" for flag in training if getattr(args, flag) != flags().get_default(flag)]
@@ -177,7 +177,7 @@ def parse(argv):
         vars(args).update(loaded["run"] | own | asked)
     else:
         values = defaults | (DEMO.get(name, {}) if args.data is None and not args.help else {})
-        values |= METHODS[name].paper if args.recipe == "paper" else {}
+        values |= cls.paper if args.recipe == "paper" else {}
     for word in given:
         key, text = word.split("=", 1)
         if key not in defaults:
@@ -188,8 +188,8 @@ def parse(argv):
         print0(f"{flags().format_help()}\nname=value, with the defaults of {name}:\n{textwrap.fill(words, 118)}")
         sys.exit(0)
     part = lambda keys: {key: values[key] for key in keys}
-    recipe = models.Recipe(**part(dataclasses.asdict(METHODS[name].recipe)))
-    return args, Plan(name, part(method_options(METHODS[name])), recipe, part(SETTINGS)), loaded
+    recipe = models.Recipe(**part(dataclasses.asdict(cls.recipe)))
+    return args, Plan(name, part(method_options(cls)), recipe, part(SETTINGS)), loaded
 
 
 def check(args, plan, loaded):
@@ -342,7 +342,7 @@ def normal_range(method, items, quantile, machine):
         threshold = float(np.quantile(scores[chosen], quantile, method="higher"))
         return {"threshold": threshold, "low": low, "high": max(2 * top - low, low + 1e-6)}
 
-    return limits(names == names) | {"of": {name: limits(names == name) for name in np.unique(names).tolist()}}
+    return limits(slice(None)) | {"of": {name: limits(names == name) for name in np.unique(names).tolist()}}
 
 
 def evaluate(method, categories, machine):
@@ -474,8 +474,8 @@ def reload(method, entry):
 
 def report(results, out):
     """Prints the table with its footer; writes results.json and curve.png."""
-    header, rows = ["category", "I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO"], []
-    header += ["false alarms", "misses"]
+    header = ["category", "I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO", "false alarms", "misses"]
+    rows = []
     for name, row in [*results["categories"].items(), ("mean", results["mean"])]:
         cells = [None if row[m] is None else f"{100 * row[m]:.1f}" for m in metrics.NAMES]
         cells += ["{} of {}".format(*row[m]) if m in row else None for m in ("false_alarms", "misses")]
@@ -585,7 +585,7 @@ def predict(args, plan, loaded):
             if not np.isfinite(score):
                 raise UserError(f"The score of {path} is not finite, so there is no verdict: train again.")
             verdict = "defective" if score > entry["threshold"] else "normal"
-            relative = path.relative_to(source) if source.is_dir() else Path(path.name)
+            relative = path.relative_to(source if source.is_dir() else source.parent)
             overlay = out / f"{relative}.overlay.png"
             figures.save(Image.fromarray(figures.overlay(image, anomaly, entry["low"], entry["high"])), overlay)
             lines.writerow([path, f"{score:.6g}", f"{entry['threshold']:.6g}", verdict, overlay])
@@ -629,7 +629,8 @@ def compare(folders):
     groups = {}
     for folder in dict.fromkeys(map(Path, folders)):
         try:
-            found = json.loads((folder / "results.json").read_text() if (folder / "results.json").is_file() else "")
+            file = folder / "results.json"
+            found = json.loads(file.read_text() if file.is_file() else "")
             key = json.dumps([found["method"], found["config"] | {"seed": None}])
             for row in (found["mean"], *found["categories"].values()):
                 cell([row])
@@ -707,8 +708,8 @@ def main(argv=None):
         full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
         if not full and not isinstance(error, torch.linalg.LinAlgError):
             raise
-        message = "The memory is full: lower --batch-size or --size."
-        message = message if full else "The statistics have no inverse, so training has diverged: lower lr."
+        diverged = "The statistics have no inverse, so training has diverged: lower lr."
+        message = "The memory is full: lower --batch-size or --size." if full else diverged
     except KeyboardInterrupt:
         print("\ninterrupted: the same command with --resume goes on from the last save, if any", file=sys.stderr)
         return 130

@@ -1,6 +1,6 @@
 """Draws the pictures of README and RESULTS, from the repository's root:
 
-    python pictures/draw.py first                                 first.png: what the demo's MLP and UniAD restore
+    python pictures/draw.py first                                 first.png: what the demo's MLP copies and UniAD finds
     python pictures/draw.py fader runs/fader-synthetic            fader.png: what the attenuators take away
     python pictures/draw.py curve runs/mlp-long runs/uniad-DATA   curve.png: of two runs with --eval-every
     python pictures/draw.py images runs/few-*                     images.png: how many training images are enough
@@ -23,7 +23,7 @@ import uad
 
 
 def first():
-    """Of each category the defect on which the two differ most: the part, both restorations and maps, the truth."""
+    """Of each category the defect that UniAD finds and whose score the MLP has lowest: both restorations and maps."""
     _, categories = uad.find_data(None, None)
     parts = data.Images(normal(categories), 224)
     above = {}  # how far each score is above its threshold
@@ -34,12 +34,12 @@ def first():
             threshold = entry["of"][category.name]["threshold"]
             for item, score in zip(category.test, rows[category.name]["scores"]):
                 above[name, item] = score / threshold
-    gain = lambda item: above["uniad", item] - above["mlp", item]
+    gain = lambda item: (above["uniad", item] > 1, -above["mlp", item])
     chosen = [max((item for item in category.test if item.label), key=gain) for category in categories]
     images = data.Images(chosen, 224)
     rows = [{"name": f"{item.category}: {item.defect}", "verdict": "", "images": {"defective part": images[i]}}
             for i, item in enumerate(chosen)]  # fmt: skip
-    for name in ("mlp", "uniad"):
+    for name, label in (("mlp", "MLP"), ("uniad", "UniAD")):
         _, plan, loaded = uad.parse(["--load", f"runs/{name}-synthetic/checkpoint.pt"])
         (entry,) = loaded["models"]
         method = uad.reload(plan.build(0), entry)
@@ -50,12 +50,12 @@ def first():
         maps, scores = train.predict(method, images)
         for i, row in enumerate(rows):
             ranges = entry["of"][chosen[i].category]
-            row["score"] = float(scores[i])
-            row["images"][f"{name} restores"] = (pictures[i].movedim(0, -1) * 255).byte().numpy()
-            row["images"][f"its map, {name}"] = figures.overlay(images[i], maps[i], ranges["low"], ranges["high"])
+            row["score"] = float(scores[i]) / ranges["threshold"]
+            row["images"][f"{label} restores"] = (pictures[i].movedim(0, -1) * 255).byte().numpy()
+            row["images"][f"{label}'s map"] = figures.overlay(images[i], maps[i], ranges["low"], ranges["high"])
     for row, item in zip(rows, chosen):
         row["images"]["truth"] = data.read_mask(item, 224)
-    picture = figures.panel(rows, 0, 1, "The defects on which they differ most", "Scores are UniAD's.")
+    picture = figures.panel(rows, 0, 1, "Defects that the MLP copies and UniAD finds", "Score: UniAD's, over its threshold.")
     figures.save(picture, "pictures/first.png")
 
 
@@ -85,7 +85,7 @@ def fader(run):
                 images[f"{name} restores"] = picture(method.restore(batch))
         low, high = entry["of"][category.name]["low"], entry["of"][category.name]["high"]
         for name, value in maps.items():
-            images[f"its map, {name}"] = figures.overlay(image[0], value[best], low, high)
+            images[f"{name}'s map"] = figures.overlay(image[0], value[best], low, high)
         images["truth"], score = truth[best], float(inside["FADeR"][best])
         rows.append({"name": f"{category.name}: {chosen.defect}", "score": score, "verdict": "", "images": images})
     note = "Score: the highest value of FADeR's map inside the defect."
