@@ -190,8 +190,8 @@ class UninformedStudents(Method):
     position, on the training images with random textures pasted in, so that it also describes what students never
     see; no triplet loss; maps at stride 4 (65: stride 8) instead of every pixel, to which the 17 net's kernels are
     adapted; width 32 instead of 128; BatchNorm, without which so short a training taught the teacher nothing; one
-    patch size by default; z-scores on training images and without their mean, a constant that moves no ranking; mu and sigma
-    averaged over batches.
+    patch size by default; z-scores on training images and without their mean, a constant that moves no ranking; mu and
+    sigma averaged over batches.
     """
 
     # Patch size: pixels seen, stride, hidden layers (width / `width`, kernel, stride, pooling 2x2), kernel of the last.
