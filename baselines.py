@@ -278,7 +278,8 @@ class UninformedStudents(Method):
         for teacher, norm, students in zip(self.teachers, self.norms, self.students):
             with torch.no_grad():
                 y = teacher(images).float()
-                norm(y)  # in training the running mean and variance go on; the target is by those, as in scoring
+                if norm.training:
+                    norm(y)  # its running mean and variance go on; the target is by those, as in scoring
                 y = F.batch_norm(y, norm.running_mean, norm.running_var)
             yield y, torch.stack([student(images).float() for student in students])
 

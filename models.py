@@ -942,9 +942,10 @@ def gms_error(a, b):
 def multi_scale_gms_error(a, b):
     """Mean of `gms_error` over 3 scales (2x2 average pooling between them), each brought to full size: (B,C,H,W)."""
     total, size = 0.0, a.shape[-2:]
-    for _ in range(3):
+    for scale in range(3):
+        if scale:
+            a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
         total = total + bilinear(gms_error(a, b), size)
-        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
     return total / 3
 
 
@@ -1213,9 +1214,10 @@ class EAR(ImageMethod):
         with torch.random.fork_rng():
             torch.manual_seed(0)
             disturbed, _ = disturb(some)
+        change = (disturbed - some).norm()
         for m in self.MOSAICS:
             blocks = partial(mosaic, m=m * self.size / 256)
-            shown = (blocks(disturbed) - blocks(some)).norm() / (disturbed - some).norm()
+            shown = (blocks(disturbed) - blocks(some)).norm() / change
             ratios[m] = (1 - shown) / (images - blocks(images)).var(0).mean().sqrt()
         self.block.fill_(max(ratios, key=ratios.get))
 

@@ -254,12 +254,12 @@ def run(args, plan, loaded):
         found = evaluate(method, group, machine)
         same = not loaded or plan.options == loaded["options"]  # else threshold and colours are of another score
         rows |= judge(found, group, entry) if same else found
-        if not same:
-            print0("note: the threshold and the colours are of other options, so there are no verdicts and no panels")
         ratios.append(copy_ratio(method, group, machine))
         if same and not args.no_panels:
             panels(method, group, rows, entry, plan, machine, out)
 
+    if not same:
+        print0(f"{OTHER_OPTIONS}, so there are no verdicts and no panels")
     results = {
         "method": plan.name, "unified": not args.separate,
         "config": plan.options | content["recipe"] | about, "categories": rows, "mean": metrics.mean(rows),
@@ -413,6 +413,7 @@ def copy_ratio(method, categories, machine):
 
 
 VERSION = 5  # of the checkpoint's content
+OTHER_OPTIONS = "note: the threshold and the colours are of the score with the options of the training"
 NOT_HELD_OUT = "note: the threshold is of training images, which score lower than new ones; train with --holdout 0.1"
 
 
@@ -548,7 +549,7 @@ def load_for_use(args, plan, loaded):
     if not set(named) <= set(known) or args.separate and len(named) != 1 < len(entries):
         raise UserError(f"--categories: {args.load} knows {', '.join(known)}: name one of them.")
     if plan.options != loaded["options"]:
-        print0("note: the threshold is of the score with the options of the training")
+        print0(OTHER_OPTIONS)
     machine, entry = plan.machine(args.device), known[named[0]] if named else entries[0]
     own = entry["of"][named[0]] if len(named) == 1 else {}
     return reload(plan.build(args.seed).to(machine.device), entry), machine, entry | own

@@ -55,7 +55,8 @@ def first():
             row["images"][f"{label}'s map"] = figures.overlay(images[i], maps[i], ranges["low"], ranges["high"])
     for row, item in zip(rows, chosen):
         row["images"]["truth"] = data.read_mask(item, 224)
-    picture = figures.panel(rows, 0, 1, "Defects that the MLP copies and UniAD finds", "Score: UniAD's / threshold.")
+    note = "Score: UniAD's, over its threshold."
+    picture = figures.panel(rows, 0, 1, "Defects that the MLP copies and UniAD finds", note)
     figures.save(picture, "pictures/first.png")
 
 
