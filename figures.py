@@ -140,14 +140,12 @@ def _axis(values, first, last, log=False):
 def curve(series, path, title="", right=(0, 1), across="steps"):
     """Line chart -> PNG at path.
 
-    series: dicts with name, x (N,), y (N,) and, if wanted, axis ("left", the default, or "right"), log (True: the left
-    axis is logarithmic) and label_ends (True: mark and print the peak, hollow, and the final value, filled). None, NaN,
-    infinity and, on a logarithmic axis, what is not positive are gaps. The left axis fits its values; the right one
-    is `right`, wider only where a value lies outside. across: what x counts. Raises ValueError when x and y differ in
-    length.
+    series: dicts with name, x (N,), y (N,), axis ("left", which is logarithmic, or "right") and, if wanted, label_ends
+    (True: mark and print the peak, hollow, and the final value, filled). None, NaN, infinity and, on the left axis,
+    what is not positive are gaps. The left axis fits its values; the right one is `right`, wider only where a value
+    lies outside. across: what x counts. Raises ValueError when x and y differ in length.
     """
-    log = any(s.get("log") for s in series)
-    lines = [_cleaned(s, log) for s in series]
+    lines = [_cleaned(s) for s in series]
     steps, values = [], {}
     for side, x, y in lines:
         steps.extend(x)
@@ -159,7 +157,7 @@ def curve(series, path, title="", right=(0, 1), across="steps"):
     sheet = Image.new("RGB", (2 * WIDTH, bottom + 90), "white")
     draw = ImageDraw.Draw(sheet)
     _write(draw, LEFT, 10, title, 28)
-    axes = {side: _axis(found, bottom, top, log and side == "left") for side, found in values.items()}
+    axes = {side: _axis(found, bottom, top, side == "left") for side, found in values.items()}
     along, marks = _axis(steps, LEFT + 16, RIGHT - 16)  # inset: a marker at an end stays clear of the axis labels
     draw.line((LEFT, bottom, RIGHT, bottom), FAINT, 2)
     for mark in marks:
@@ -182,26 +180,28 @@ def curve(series, path, title="", right=(0, 1), across="steps"):
     save(sheet.reduce(2), path)
 
 
-def training_curve(records, title, path):
-    """Line chart of a run's records, dicts of step, stage, loss and metrics; None, an unknown copy ratio, is a gap."""
-    columns = {key: np.array([record[key] for record in records], float) for key in records[0] if key != "stage"}
-    steps, series = columns.pop("step"), []
-    for key, y in columns.items():
-        how = {"axis": "left", "log": True} if key == "loss" else {"axis": "right", "label_ends": True}
-        series.append({"name": key.replace("_", " "), "x": steps, "y": y} | how)
-    curve(series, path, title)
+def run_series(records, keys, prefix=""):
+    """What `curve` draws of a run's records, dicts of step, loss and metrics: of each key a series over the steps.
+
+    The loss is on the left axis, all else on the right; None, an unknown copy ratio, is a gap.
+    """
+    x, series = [record["step"] for record in records], []
+    for key in keys:
+        y = [record[key] for record in records]
+        how = {"axis": "left"} if key == "loss" else {"axis": "right", "label_ends": True}
+        series.append({"name": prefix + key.replace("_", " "), "x": x, "y": y} | how)
+    return series
 
 
-def _cleaned(s, log):
+def _cleaned(s):
     """-> (axis, x, y) of a series, y with NaN for what cannot be drawn."""
-    side = s.get("axis", "left")
     x, y = np.array(s["x"], float), np.array(s["y"], float)
     if x.shape != y.shape:
         raise ValueError(f"{s['name']}: {x.size} x for {y.size} y")
     y[~np.isfinite(y)] = np.nan
-    if log and side == "left":
+    if s["axis"] == "left":
         y[y <= 0] = np.nan
-    return side, x, y
+    return s["axis"], x, y
 
 
 def _vertical(draw, axes):

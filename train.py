@@ -8,9 +8,7 @@ through every stage -> fit_statistics. Images are anything with a length and ite
 (N,3,S,S) in [0,1]. Needs torch and NumPy alone. Copy this file and models.py into your project, and both work there.
 """
 
-import collections
 import hashlib
-import itertools
 import math
 import os
 import sys
@@ -97,16 +95,14 @@ class Machine:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
     def read(self, images, indices, size):
-        """Yields batches (b,3,S,S) in [0,1] on the device, read a few images ahead. Raises UserError."""
-        pool, ahead, waiting = ThreadPoolExecutor(self.workers), collections.deque(), iter(indices)
+        """Yields batches (b,3,S,S) in [0,1] on the device, and reads the next one ahead. Raises UserError."""
+        pool = ThreadPoolExecutor(self.workers)
+        submit = lambda start: [pool.submit(images.__getitem__, i) for i in indices[start : start + CHUNK]]
         try:
-            while True:
-                for i in itertools.islice(waiting, 2 * CHUNK - len(ahead)):
-                    ahead.append(pool.submit(images.__getitem__, i))
-                if not ahead:
-                    return
-                chunk = [ahead.popleft().result() for _ in range(min(CHUNK, len(ahead)))]
-                yield torch.stack([as_image(image, size, self.device) for image in chunk])
+            ahead = submit(0)
+            for start in range(0, len(indices), CHUNK):
+                chunk, ahead = ahead, submit(start + CHUNK)
+                yield torch.stack([as_image(image.result(), size, self.device) for image in chunk])
         finally:
             pool.shutdown(cancel_futures=True)  # also when the reader stops early
 
@@ -326,8 +322,8 @@ class Stage:
             self.module = nn.parallel.DistributedDataParallel(self.module)
         count //= WORLD  # every process takes the same number of steps, or some would wait for ever
         share = max(1, recipe.batch_size // WORLD)  # the recipe's batch is that of all processes together
-        self.batch_size = min(share, max(count, 1))
-        self.per_epoch = recipe.steps or max(1, count // share)
+        self.batch_size = min(share, count)
+        self.per_epoch = recipe.steps or count // self.batch_size
         self.total, self.step, self.mean, self.order = recipe.epochs * self.per_epoch, 0, None, None
         method.train()
         if RANK:  # noise of its own in every process; the first one's is what a single process draws
@@ -339,16 +335,15 @@ class Stage:
         if at == 0 or self.order is None:  # from a generator of its own, so that a resumed run sees the same order
             generator = np.random.default_rng((*self.seeds, epoch, RANK))
             count = len(prepared.indices)
-            rounds = range(-(-self.per_epoch * self.batch_size // count))  # one, unless the recipe tells the steps
-            self.order = torch.from_numpy(np.concatenate([generator.permutation(count) for _ in rounds]))
+            rounds = math.ceil(self.per_epoch * self.batch_size / count)  # one, unless the recipe tells the steps
+            self.order = torch.from_numpy(np.concatenate([generator.permutation(count) for _ in range(rounds)]))
         for optimizer in self.optimizers:
+            optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.lr * lr_factor(self.recipe.schedule, self.step / self.total)
         batch = prepared.batch(self.order[at * self.batch_size : (at + 1) * self.batch_size])
         with self.machine.autocast():
             loss = self.module(batch, stage)
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
         loss.backward()
         if self.recipe.clip:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)

@@ -17,7 +17,6 @@ import dataclasses
 import errno
 import inspect
 import io
-import itertools
 import json
 import math
 import os
@@ -138,7 +137,7 @@ class Plan:
 
     def changed(self):
         """-> "name=value, ..." of all that differs from the method's defaults."""
-        now = self.options | dataclasses.asdict(self.recipe) | self.settings
+        now = self.options | vars(self.recipe) | self.settings
         return ", ".join(f"{k}={as_text(v)}" for k, v in now.items() if v != defaults_of(METHODS[self.name])[k])
 
     def machine(self, device):
@@ -146,7 +145,7 @@ class Plan:
 
 
 def defaults_of(cls):
-    return method_options(cls) | dataclasses.asdict(cls.recipe) | SETTINGS
+    return method_options(cls) | vars(cls.recipe) | SETTINGS
 
 
 def parse(argv):
@@ -173,7 +172,7 @@ def parse(argv):
         changed = {k: v for k, v in saved.items() if k not in defaults or v != defaults[k]}
         given = [f"{k}={as_text(v)}" for k, v in changed.items()] + given  # as words: somebody may have edited them
         asked = {name: getattr(args, name) for name in ("data", "categories") if getattr(args, name)}
-        own = {"categories": None} if args.data or args.export or args.predict is not None else {}
+        own = {"categories": None} if args.data or args.export or args.predict else {}
         vars(args).update(loaded["run"] | own | asked)
     else:
         values = defaults | (DEMO.get(name, {}) if args.data is None and not args.help else {})
@@ -188,7 +187,7 @@ def parse(argv):
         print0(f"{flags().format_help()}\nname=value, with the defaults of {name}:\n{textwrap.fill(words, 118)}")
         sys.exit(0)
     part = lambda keys: {key: values[key] for key in keys}
-    recipe = models.Recipe(**part(dataclasses.asdict(cls.recipe)))
+    recipe = models.Recipe(**part(vars(cls.recipe)))
     return args, Plan(name, part(method_options(cls)), recipe, part(SETTINGS)), loaded
 
 
@@ -200,7 +199,7 @@ def check(args, plan, loaded):
         (not (args.export or ".pt2").endswith(".pt2"), "--export needs the name of a file that ends in .pt2."),
         ("" in (args.predict, args.export, args.data, args.out), "--predict, --export, --data and --out need a name."),
         (args.compare and (args.load or args.method or args.data), "--compare stands alone."),
-        (WORLD == 1 and not train.BY_TORCHRUN and {"RANK", "WORLD_SIZE"} & set(os.environ),
+        (not train.BY_TORCHRUN and {"RANK", "WORLD_SIZE"} & set(os.environ),
          "RANK or WORLD_SIZE is set, but not by torchrun: unset them, or start with torchrun."),
         (not 0 <= args.seed < 2**63, "--seed must be at least 0 and below 2^63."),
         (args.eval_every < 0, "--eval-every must be at least 0."),
@@ -227,13 +226,15 @@ def run(args, plan, loaded):
     about = {name: getattr(args, name) for name in ("data", "categories", "separate", "seed", "holdout", "quantile")}
 
     content = {"version": VERSION, "method": plan.name, "options": plan.options, "run": about,
-               "recipe": dataclasses.asdict(plan.recipe), "models": loaded["models"] if loaded else [],
+               "recipe": vars(plan.recipe), "models": loaded["models"] if loaded else [],
                "files": {"set of training images": data.fingerprint(categories)}}  # fmt: skip
     unfinished = out / "unfinished.pt"
-    content["models"], current, options = interrupted(unfinished, content, args.resume)
-    plan.options |= {key: options[key] for key in plan.options}  # what "auto" was settled to
+    begun = interrupted(unfinished, content, args.resume)
+    content["models"], current = begun["models"], begun.get("current")
+    plan.options |= {key: begun["options"][key] for key in plan.options}  # what "auto" was settled to
     rows, ratios = {}, []
-    for label, group in {c.name: [c] for c in categories}.items() if args.separate else [("all", categories)]:
+    groups = {c.name: [c] for c in categories} if args.separate else {"all": categories}
+    for label, group in groups.items():
         method = plan.build(args.seed).to(machine.device)
         plan.options |= method.settled
         if not ratios:
@@ -321,7 +322,7 @@ def fit_one(method, group, args, plan, machine, label, save, current):
 
     train.fit(method, images, machine=machine, seed=args.seed, label=label, eval_every=args.eval_every, observe=observe,
               save_every=plan.settings["save_every"], save=lambda state: save(state | {"curve": curve}), resume=current,
-              **dataclasses.asdict(plan.recipe))  # fmt: skip
+              **vars(plan.recipe))  # fmt: skip
     entry = {"name": label, "state": train.trained_state(method), "backbone": train.checksum(method), "curve": curve}
     return entry | {"held_out": bool(held)} | normal_range(method, aside or some, args.quantile, machine)
 
@@ -397,11 +398,10 @@ def category_row(category, scores, maps):
 def copy_ratio(method, categories, machine):
     """Over all defective test images that have a clean twin, mean of a method's levels; None where there are none."""
     sums = []
-    for item in itertools.chain(*(category.test for category in categories)):
-        if item.twin and item.masks:
-            (pair,) = machine.prepare(method, read(method, [item.twin, item.path]))
-            mask = torch.from_numpy(data.read_mask(item, method.size)).to(machine.device)
-            sums.append(models.copy_ratio(method.reconstruction(pair), mask))
+    for item in (item for category in categories for item in category.test if item.twin and item.masks):
+        (pair,) = machine.prepare(method, read(method, [item.twin, item.path]))
+        mask = torch.from_numpy(data.read_mask(item, method.size)).to(machine.device)
+        sums.append(models.copy_ratio(method.reconstruction(pair), mask))
     if not sums or not sums[0]:
         return None
     copied, changed = np.array(sums).sum(0).T  # one of each a level
@@ -423,15 +423,14 @@ def read_checkpoint(path):
         if not Path(path).is_file():  # to read from a FIFO would wait for ever
             raise FileNotFoundError
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if (version := content["version"]) == VERSION:
-            verify(content)
-    except MemoryError:
+        if content["version"] != VERSION:
+            raise UserError(f"{path} is of version {content['version']}, this program reads {VERSION}: train again.")
+        verify(content)
+    except (MemoryError, UserError):
         raise
     except Exception as error:
         kind = type(error).__name__
         raise UserError(f"{path} is no checkpoint.pt as a run writes it ({kind}): train again.") from None
-    if version != VERSION:
-        raise UserError(f"{path} is of version {version}, this program reads {VERSION}: train again.")
     return content
 
 
@@ -448,13 +447,13 @@ def verify(content):
 
 
 def interrupted(path, content, resume):
-    """-> finished models, state of the next one or None, options: of the run that was interrupted here, or of a new
-    one. Raises UserError when --resume finds another run, or none."""
+    """-> content of the run that was interrupted here, or of a new one: finished models, state of the next one if any,
+    options. Raises UserError when --resume finds another run, or none."""
     if not resume:
         for file, way in ((path, "--resume would go on with it"), (path.with_name("checkpoint.pt"), "see --out")):
             if file.exists() and not content["models"]:  # with --load nothing is written there
                 print0(f"note: {file} is of an earlier run and soon written over: {way}")
-        return content["models"], None, content["options"]
+        return content
     if not path.exists():
         raise UserError(f"--resume: there is no {path}, so nothing was interrupted there: leave --resume out.")
     found = read_checkpoint(path)
@@ -462,7 +461,7 @@ def interrupted(path, content, resume):
         for key, value in content[part].items():
             if value not in ("auto", found.get(part, {}).get(key)):
                 raise UserError(f"--resume: {path} is of a run with another {key}: give the same options again.")
-    return found["models"], found.get("current"), found["options"]
+    return found
 
 
 def reload(method, entry):
@@ -490,7 +489,8 @@ def report(results, out):
     for label, curve in results["curve"].items():
         if curve:
             name = "curve.png" if label == "all" else f"curve-{label}.png"
-            figures.training_curve(curve, f"{results['method']}, {label}", out / name)
+            series = figures.run_series(curve, ("loss", "copy_ratio", "image_auroc", "pixel_auroc"))
+            figures.curve(series, out / name, f"{results['method']}, {label}")
     print0(f"{results['seconds']:.0f} s in all; wrote {out}/")
 
 
@@ -504,8 +504,10 @@ def panels(method, group, rows, entry, plan, machine, out):
     if plan.settings["decode"]:  # in every process, since they share the work
         images = read(method, [item for category in group for item in category.train])
         decoder = train.fit(models.Decoder(method), images, machine=machine)
-    for category in group if RANK == 0 else []:
-        ranges, items = entry | entry["of"].get(category.name, {}), category.test
+    if RANK:
+        return
+    for category in group:
+        ranges, items = entry["of"].get(category.name, entry), category.test
         scores = rows[category.name]["scores"]
         order = np.argsort(scores).tolist()
         good, bad = ([i for i in order if items[i].label == label] for label in (0, 1))
@@ -515,13 +517,15 @@ def panels(method, group, rows, entry, plan, machine, out):
         (batch,) = machine.prepare(method, images)  # in one batch
         maps = method.score(batch)[0].float().cpu().numpy()
         restored = restored_tiles(method.reconstruction(batch), decoder)
-        for row, item in enumerate(images.items):
+        for row, i in enumerate(chosen):
+            item, score = items[i], scores[i]
             tiles = {"input": images[row]} | {name: stack[row] for name, stack in restored.items()}
             tiles["ground truth"] = data.read_mask(item, method.size) if item.masks or not item.label else None
             tiles["anomaly map"] = figures.overlay(images[row], maps[row], ranges["low"], ranges["high"])
-            wrong = (scores[chosen[row]] > ranges["threshold"]) != item.label
-            name, verdict = f"{item.defect}/{item.path.stem}", ["false alarm", "miss"][item.label] if wrong else ""
-            shown.append({"name": name, "score": scores[chosen[row]], "images": tiles, "verdict": verdict})
+            wrong = (score > ranges["threshold"]) != item.label
+            verdict = ["false alarm", "miss"][item.label] if wrong else ""
+            name = f"{item.defect}/{item.path.stem}"
+            shown.append({"name": name, "score": score, "images": tiles, "verdict": verdict})
         note = (f"Scores above {ranges['threshold']:.3g} count as defective. First the highest-scoring normal images, "
                 f"the lowest-scoring defective ones, then the clearest of each kind.")  # fmt: skip
         picture = figures.panel(shown, ranges["low"], ranges["high"], f"{plan.name}: {category.name}", note)
@@ -531,11 +535,15 @@ def panels(method, group, rows, entry, plan, machine, out):
 @torch.no_grad()
 def restored_tiles(pairs, decoder):
     """-> {name: (B,S,S,3)}: the reconstruction as a picture, where it is one or can be decoded."""
-    picture = lambda x: (x.movedim(1, -1).clamp(0, 1) * 255).byte().cpu().numpy()
     if decoder:
         targets, restored = zip(*pairs)
-        return {"features decoded": picture(decoder(targets)), "restored, decoded": picture(decoder(restored))}
-    return {"restored": picture(restored) for _, restored in pairs if restored.shape[1] == 3}
+        return {"features decoded": pictures(decoder(targets)), "restored, decoded": pictures(decoder(restored))}
+    return {"restored": pictures(restored) for _, restored in pairs if restored.shape[1] == 3}
+
+
+def pictures(x):
+    """(B,3,S,S) in [0,1], clipped to it -> array (B,S,S,3) uint8"""
+    return (x.movedim(1, -1).clamp(0, 1) * 255).byte().cpu().numpy()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -546,7 +554,7 @@ def load_for_use(args, plan, loaded):
     """-> (method, machine, entry) of a checkpoint that holds one model, or of its model for --categories NAME."""
     entries, named = loaded["models"], args.categories or []
     known = {name: entry for entry in entries for name in entry["of"]}
-    if not set(named) <= set(known) or args.separate and len(named) != 1 < len(entries):
+    if not set(named) <= set(known) or args.separate and len(entries) > 1 and len(named) != 1:
         raise UserError(f"--categories: {args.load} knows {', '.join(known)}: name one of them.")
     if plan.options != loaded["options"]:
         print0(OTHER_OPTIONS)
@@ -616,7 +624,6 @@ def export(args, plan, loaded):
     print0(f"wrote {args.export}: input (1,3,{method.size},{method.size}) in [0,1]; "
         f"largest difference from the program's map {difference:.1e} of its maximum; "
         f"scores above {entry['threshold']:.6g} are defective")  # fmt: skip
-    return 0
 
 
 # UniAD's own image/pixel AUROC (NeurIPS 2022, tables 1 and 2), one model for all: to set beside one's own
@@ -651,7 +658,6 @@ def compare(folders):
     if len(set(names) & set(paper)) > 1:
         rows.append(["UniAD's paper, one model for 15", *map(paper.get, names), "96.5/96.8", None])
     print0(figures.table(["image/pixel AUROC", *names, "mean", "seconds"], rows))
-    return 0
 
 
 def cell(rows):
@@ -677,7 +683,6 @@ def demo(argv):
     print0()
     print0(figures.table(["method", "copy ratio", "image AUROC", "pixel AUROC", "AUPRO"], rows))
     print0("copy ratio: 1 = the defect is copied whole, 0 = it is restored to normal; see runs/*/panels")
-    return 0
 
 
 def main(argv=None):
@@ -688,17 +693,18 @@ def main(argv=None):
         check(args, plan, loaded)
         if WORLD > 1 and not dist.is_initialized():
             dist.init_process_group()
-        if RANK and (args.compare or loaded and (args.predict or args.export)):
+        if RANK and (args.compare or args.predict or args.export):
             return 0  # one process is enough
         if args.compare:
-            return compare(args.compare)
-        if args.predict is not None:
+            compare(args.compare)
+        elif args.predict:
             return predict(args, plan, loaded)
-        if args.export is not None:
-            return export(args, plan, loaded)
-        if args.method is None and args.data is None and not loaded:
-            return demo(argv)
-        run(args, plan, loaded)
+        elif args.export:
+            export(args, plan, loaded)
+        elif args.method is None and args.data is None and not loaded:
+            demo(argv)
+        else:
+            run(args, plan, loaded)
         return 0
     except (UserError, data.DataError, models.MethodError, synthetic.SyntheticError) as error:
         message = str(error)

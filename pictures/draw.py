@@ -104,11 +104,7 @@ def curve(copier, remedy):
     for run in (copier, remedy):
         results = json.loads((Path(run) / "results.json").read_text())
         (records,) = results["curve"].values()
-        x = [record["step"] for record in records]
-        for key in ("loss", "image_auroc", "pixel_auroc"):
-            how = {"axis": "left", "log": True} if key == "loss" else {"axis": "right", "label_ends": True}
-            name, y = f"{results['method']}: {key.replace('_', ' ')}", [record[key] for record in records]
-            series.append({"name": name, "x": x, "y": y} | how)
+        series += figures.run_series(records, ("loss", "image_auroc", "pixel_auroc"), f"{results['method']}: ")
     figures.curve(series, "pictures/curve.png", "One model for five real sets", right=(0.7, 1))
 
 
