@@ -138,11 +138,11 @@ class PaDiM(Method):
         total = sum(self.backbone.channels)
         if dims == 0:
             dims = total if total <= 256 else 100 if total <= 1000 else 550
-        dims = min(dims, total)
         shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-        self.standardize, chosen = standardize, None if dims == total else shuffled[:dims].sort().values
-        self.register_buffer("chosen", chosen, persistent=False)
-        self.register_buffer("mean", torch.zeros(self.grid**2, dims))
+        chosen = shuffled[:dims].sort().values
+        self.standardize = standardize
+        self.register_buffer("chosen", chosen if dims < total else None, persistent=False)
+        self.register_buffer("mean", torch.zeros(self.grid**2, len(chosen)))
         self.register_buffer("whiten", torch.zeros(0))
 
     def prepare(self, images):

@@ -95,12 +95,11 @@ def guard_score(score):
 
     def guarded(self, batch):
         require(self.fitted, f"This {type(self).__name__} was never fitted: call train.fit first.")
-        if training := self.training:
-            self.eval()
+        training = self.training
+        self.eval()
         with torch.no_grad():
             result = score(self, batch)
-        if training:
-            self.train()
+        self.train(training)
         return result
 
     return guarded
@@ -343,10 +342,8 @@ class Backbone(Frozen):
         one_of(STAGES, backbone=name)
         self.levels = levels
         children = self._lite(name, weights) if name in LITE else self._torchvision(name, weights)
-        self.stages, start = nn.ModuleList(), 0
-        for end in STAGES[name]:
-            self.stages.append(nn.Sequential(*children[start:end]))
-            start = end
+        bounds = (0, *STAGES[name])
+        self.stages = nn.ModuleList(nn.Sequential(*children[a:b]) for a, b in zip(bounds, bounds[1:]))
         self.normalize = Standardize(3, *(LITE_PIXELS if name in LITE else IMAGENET))
         self.requires_grad_(False).eval()
         if fuse:
@@ -843,7 +840,7 @@ class RLR(Method):
     def loss(self, batch, stage):
         total = 0.0
         for f, net in zip(batch, self.nets):
-            restored = net(add_jitter(f, self.alpha) if self.alpha else f).float()
+            restored = net(add_jitter(f, self.alpha)).float()
             cosine = (1 - F.cosine_similarity(restored, f, dim=-1)) / 2  # in [0,1], which LAMP needs
             total = total + F.mse_loss(restored, f) + 2 * (lamp(cosine) if self.lamp else cosine).mean()
         return total
@@ -898,8 +895,7 @@ class UNet(nn.Module):
         self.bottleneck = two(levels[-1], bottom, bottom)
         below = [o for _, o in ups[1:]] + [bottom]
         self.up = nn.ModuleList(block(i, up) for i, (up, _) in zip(below, ups))
-        handed = levels if skips else [0] * len(ups)  # channels of the skips
-        self.decoder = nn.ModuleList(two(up + skip, up, o) for skip, (up, o) in zip(handed, ups))
+        self.decoder = nn.ModuleList(two(up + (w if skips else 0), up, o) for w, (up, o) in zip(levels, ups))
         self.out = nn.Conv2d(ups[0][-1], out, 3 if pool else 1, padding=int(pool))
         if not pool:  # starts mid-grey: outside [0,1] the clamp lets no gradient through
             nn.init.constant_(self.out.bias, 0.5)
@@ -1116,10 +1112,10 @@ class DinoSaliency(Frozen):
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )  # fmt: skip
         self.vit.heads = nn.Identity()
-        if weights != "none":
-            url, default = self.URL + self.FILE, weights == "default"
-            state = download(url, "saliency=everywhere") if default else load_weights(weights)
-            self.load(state, "the download" if default else weights)
+        if weights == "default":
+            self.load(download(self.URL + self.FILE, "saliency=everywhere"), "the download")
+        elif weights != "none":
+            self.load(load_weights(weights), weights)
         self.normalize = Standardize(3, *IMAGENET)
         self.requires_grad_(False).eval()
 
@@ -1213,7 +1209,7 @@ class EAR(ImageMethod):
         some, ratios = images[:64], {}
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            disturbed, _ = disturb(some)
+            disturbed = disturb(some)
         change = (disturbed - some).norm()
         for m in self.MOSAICS:
             blocks = partial(mosaic, m=m * self.size / 256)
@@ -1244,7 +1240,7 @@ class EAR(ImageMethod):
         if not share:
             return masked
         chosen = torch.rand(len(image), 1, 1, 1, device=image.device) < share
-        return torch.where(chosen, self.hide(disturb(image)[0], s), masked)
+        return torch.where(chosen, self.hide(disturb(image), s), masked)
 
     def loss(self, batch, stage):
         return self.image_loss(self.unet(self.spoiled(batch, self.disturbed), self.drops), batch[-1])
@@ -1259,7 +1255,7 @@ def drop_blobs(skip, beside, share):
 
 
 def disturb(images):
-    """Pastes one random disturbance on each image: (B,3,S,S) -> (disturbed, where (B,1,S,S) in [0,1]).
+    """Pastes one random disturbance on each image: (B,3,S,S) -> the same.
 
     An irregular blob (thresholded smooth noise in a random window, so dots, scratches and stains all come up) shows a
     flat colour, another place of the batch, or shifted brightness. It stands for a defect of which only the position
@@ -1270,16 +1266,17 @@ def disturb(images):
     noise = F.interpolate(rand(b, 1, 12, 12), size, mode="bicubic")
     centre, reach = rand(b, 2, 1, 1, 1) * size, (0.03 + 0.17 * rand(b, 2, 1, 1, 1) ** 2) * size  # thin to wide
     line = torch.arange(size, device=images.device)
-    down, across = ((side - centre[:, i]) / reach[:, i] for i, side in enumerate((line[:, None], line)))
+    down = (line[:, None] - centre[:, 0]) / reach[:, 0]
+    across = (line - centre[:, 1]) / reach[:, 1]
     inside = 1 - down.square() - across.square()
     where = ((inside + noise - 0.5) * 8).clamp(0, 1)
     moved = images.roll(1, 0).roll((size // 3, size // 5), (2, 3))
-    flat = rand(b, 3, 1, 1).expand_as(images)
+    flat = rand(b, 3, 1, 1)
     bright = (images + (rand(b, 1, 1, 1) - 0.5)).clamp(0, 1)
     kind = torch.randint(3, (b, 1, 1, 1), device=images.device)
     content = torch.where(kind == 0, flat, torch.where(kind == 1, moved, bright))
     strength = where * (0.5 + 0.5 * rand(b, 1, 1, 1))
-    return images + (content - images) * strength, where
+    return images + (content - images) * strength
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1347,18 +1344,23 @@ class FADeR(EAR):
             return super().loss(batch, stage)
         self.unet.eval()  # its BatchNorm statistics are frozen with it
         seen, image = self.spoiled(batch, 0.7), batch[-1]
-        heard = []
+        pairs = []  # (skip, the decoder's feature beside it), deep ones first
+
+        def listen(skip, beside):
+            pairs.append((skip, beside))
+            return skip
+
         with torch.no_grad():
-            restored = self.unet(seen, [lambda *pair: heard.append(pair) or pair[0]] * 3)  # listens in, changes nothing
+            restored = self.unet(seen, [listen] * 3)
             excess = (restored - image).abs() - (self.unet(batch[0]) - image).abs()
             excess = excess.mean(1, keepdim=True)
         total = 0.0
-        for gate, pair in zip(self.gates, reversed(heard)):
+        for gate, (skip, beside) in zip(self.gates, reversed(pairs)):
             if gate:
-                patch = F.adaptive_avg_pool2d(excess, pair[0].shape[-2:]).clamp(min=0)
+                patch = F.adaptive_avg_pool2d(excess, skip.shape[-2:]).clamp(min=0)
                 top = patch.flatten().quantile(0.9).clamp(min=1e-6)  # not the maximum: all would be near 1
                 keep = 1 - (patch / top).clamp(max=1)
-                total = total + F.binary_cross_entropy_with_logits(gate.logits(*pair).float(), keep)
+                total = total + F.binary_cross_entropy_with_logits(gate.logits(skip, beside).float(), keep)
         return total
 
 

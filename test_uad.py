@@ -722,7 +722,7 @@ def test_attenuators_learn_from_what_was_pasted_and_not_from_what_is_always_hard
         nn.init.constant_(gate.outer.bias, 20)  # keeps everything
     batch = fader.prepare(twins(64)[0][:8])
     assert fader.loss(batch, "attenuators") > 0.1
-    monkeypatch.setattr(models, "disturb", lambda images: (images, None))
+    monkeypatch.setattr(models, "disturb", lambda images: images)
     assert fader.loss(batch, "attenuators") < 1e-6
 
 

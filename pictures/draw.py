@@ -22,14 +22,21 @@ import train
 import uad
 
 
+def load(run, *words):
+    """-> the method of a run's one model, with these options changed, and the model's entry in the checkpoint."""
+    _, plan, loaded = uad.parse(["--load", f"{run}/checkpoint.pt", *words])
+    (entry,) = loaded["models"]
+    return uad.reload(plan.build(0), entry), entry
+
+
 def first():
     """Of each category the defect that UniAD finds and whose score the MLP has lowest: both restorations and maps."""
     _, categories = uad.find_data(None, None)
     parts = data.Images(normal(categories), 224)
     above = {}  # how far each score is above its threshold
     for name in ("mlp", "uniad"):
+        _, entry = load(f"runs/{name}-synthetic")
         rows = json.loads(Path(f"runs/{name}-synthetic/results.json").read_text())["categories"]
-        (entry,) = uad.read_checkpoint(f"runs/{name}-synthetic/checkpoint.pt")["models"]
         for category in categories:
             threshold = entry["of"][category.name]["threshold"]
             for item, score in zip(category.test, rows[category.name]["scores"]):
@@ -40,18 +47,16 @@ def first():
     rows = [{"name": f"{item.category}: {item.defect}", "verdict": "", "images": {"defective part": images[i]}}
             for i, item in enumerate(chosen)]  # fmt: skip
     for name, label in (("mlp", "MLP"), ("uniad", "UniAD")):
-        _, plan, loaded = uad.parse(["--load", f"runs/{name}-synthetic/checkpoint.pt"])
-        (entry,) = loaded["models"]
-        method = uad.reload(plan.build(0), entry)
+        method, entry = load(f"runs/{name}-synthetic")
         decoder = train.fit(models.Decoder(method), parts, label=name)
         (batch,) = train.Machine().prepare(method, images)
         with torch.no_grad():
-            pictures = decoder([restored for _, restored in method.reconstruction(batch)])
+            pictures = uad.pictures(decoder([restored for _, restored in method.reconstruction(batch)]))
         maps, scores = train.predict(method, images)
         for i, row in enumerate(rows):
             ranges = entry["of"][chosen[i].category]
             row["score"] = float(scores[i]) / ranges["threshold"]
-            row["images"][f"{label} restores"] = (pictures[i].movedim(0, -1) * 255).byte().numpy()
+            row["images"][f"{label} restores"] = pictures[i]
             row["images"][f"{label}'s map"] = figures.overlay(images[i], maps[i], ranges["low"], ranges["high"])
     for row, item in zip(rows, chosen):
         row["images"]["truth"] = data.read_mask(item, 224)
@@ -60,16 +65,15 @@ def first():
     figures.save(picture, "pictures/first.png")
 
 
+@torch.no_grad()
 def fader(run):
     """Of each category the defect inside which FADeR's map rises most above that of EAR, FADeR without attenuators."""
     _, categories = uad.find_data(None, None)
     machine, found = train.Machine(), {}
     for name, words in (("EAR", ["attenuate="]), ("FADeR", [])):
-        _, plan, loaded = uad.parse(["--load", f"{run}/checkpoint.pt", *words])
-        (entry,) = loaded["models"]
-        found[name] = method = uad.reload(plan.build(0), entry)
-        with torch.no_grad():
-            method.fit_statistics(lambda method=method: machine.prepare(method, uad.read(method, normal(categories))))
+        method, entry = load(run, *words)
+        method.fit_statistics(lambda method=method: machine.prepare(method, uad.read(method, normal(categories))))
+        found[name] = method
     rows = []
     for category in categories:
         items = [item for item in category.test if item.label]
@@ -79,14 +83,12 @@ def fader(run):
         best = int((inside["FADeR"] - inside["EAR"]).argmax())
         chosen, image = items[best], uad.read(method, [items[best]])
         (batch,) = machine.prepare(method, image)
-        picture = lambda x: (x[0].movedim(0, -1).clamp(0, 1) * 255).byte().numpy()
-        images = {"defective part": image[0], "what the mask leaves": picture(batch[0])}
+        images = {"defective part": image[0], "what the mask leaves": uad.pictures(batch[0])[0]}
         for name, method in found.items():
-            with torch.no_grad():
-                images[f"{name} restores"] = picture(method.restore(batch))
-        low, high = entry["of"][category.name]["low"], entry["of"][category.name]["high"]
+            images[f"{name} restores"] = uad.pictures(method.restore(batch))[0]
+        ranges = entry["of"][category.name]
         for name, value in maps.items():
-            images[f"{name}'s map"] = figures.overlay(image[0], value[best], low, high)
+            images[f"{name}'s map"] = figures.overlay(image[0], value[best], ranges["low"], ranges["high"])
         images["truth"], score = truth[best], float(inside["FADeR"][best])
         rows.append({"name": f"{category.name}: {chosen.defect}", "score": score, "verdict": "", "images": images})
     note = "Score: the highest value of FADeR's map inside the defect."
