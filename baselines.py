@@ -295,8 +295,11 @@ class UninformedStudents(Method):
         self.spread = torch.stack([torch.cat(one, 1).std(1) for one in zip(*found)]) + 1e-12
 
     def score(self, batch):
-        fields = zip(self.errors(batch[0]), self.spread)
-        maps = sum(upsample(e / std_e + v / std_v, self.size) for (e, v), (std_e, std_v) in fields) / len(self.teachers)
+        total = 0.0
+        for errors, spread in zip(self.errors(batch[0]), self.spread):
+            z = errors / spread.view(2, 1, 1, 1)
+            total = total + upsample(z.sum(0), self.size)
+        maps = total / len(self.teachers)
         return maps, maps.amax((1, 2))
 
 

@@ -12,6 +12,7 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from mimetypes import guess_type
 from pathlib import Path
 
@@ -62,31 +63,30 @@ def find_categories(root, names=None) -> list[Category]:
     ROOT itself, or VisA as distributed (ROOT/split_csv/1cls.csv). Raises DataError if the layout is not one of these,
     a name is unknown, or a selected category has no training or no test images.
     """
-    root = Path(root)
+    root, names = Path(root), names or []
     if not root.is_dir():
         raise DataError(f"{root} {'is a file' if root.exists() else 'does not exist'}; give the folder of a data set")
     if (root / "split_csv" / "1cls.csv").is_file():
-        known, read = _visa_rows(root), lambda name, rows: _read_visa(root, name, rows)
+        known, read = _visa_rows(root), partial(_read_visa, root)
     else:
         own = (root / "train" / "good").is_dir()
         folders = {root.resolve().name: root} if own else {folder.name: folder for folder in _folders(root)}
         # Other folders may lie beside the categories (docs, archives); they matter only when somebody asks for them.
         # os.path.isdir: False, and no error, for a folder that must not be looked into, such as lost+found.
-        known = {n: f for n, f in folders.items() if os.path.isdir(f / "train" / "good") or n in (names or ())}
+        known = {n: f for n, f in folders.items() if os.path.isdir(f / "train" / "good") or n in names}
         read = _read_mvtec
     if not known and not names:
         raise DataError(f"{root} holds no category; expected CATEGORY/train/good/*.png (MVTec AD) or "
                         "split_csv/1cls.csv (VisA) in it")
-    for name in names or ():
+    for name in names:
         if name not in known:
             raise DataError(f"{root} has no category {name}; it has {', '.join(sorted(known)) or 'none'}")
     return [_category(name, *read(name, known[name])) for name in sorted(set(names or known))]
 
 
-def _category(name, train, test, notes=()):
+def _category(name, train, test, notes):
     defective = [item for item in test if item.label]
     missing = [item for item in defective if not item.masks]
-    notes = [*notes]
     if not defective:
         notes.append(f"{name}: the test set has no defective image, so its metrics are undefined")
     elif len(defective) == len(test):
@@ -169,7 +169,7 @@ def _visa_rows(root):
 
 
 def _read_visa(root, category, rows):
-    """(train items, test items) of one VisA category."""
+    """(train items, test items, no notes) of one VisA category."""
     table, train, test = root / "split_csv" / "1cls.csv", [], []
     for line, split, label, image, mask in rows:
         if (split, label) not in {("train", "normal"), ("test", "normal"), ("test", "anomaly")}:
@@ -183,7 +183,7 @@ def _read_visa(root, category, rows):
         (train if split == "train" else test).append(item)
     if not train or not test:
         raise DataError(f"{table} lists no {'test' if train else 'train'} image of {category}; download it again")
-    return train, test
+    return train, test, []
 
 
 def fingerprint(categories) -> str:

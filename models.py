@@ -1123,15 +1123,15 @@ class DinoSaliency(Frozen):
         """DINO's state dict under torchvision's names: the same tensors in the same order, but for the positions,
         which come second in DINO's. Their grid (28x28) is resized to this input's."""
         try:
-            cls, grid = state["pos_embed"].split([1, state["pos_embed"].shape[1] - 1], 1)
-            grid, wanted = to_grid(grid), self.vit.image_size // 8
+            cls, grid = state["pos_embed"][:, :1], to_grid(state["pos_embed"][:, 1:])
+            wanted = self.vit.image_size // 8
             if wanted != grid.shape[-1]:  # 0.1 more than the ratio, as in DINO's own code
                 grid = F.interpolate(grid, scale_factor=(wanted + 0.1) / grid.shape[-1], mode="bicubic")
             names = list(self.vit.state_dict())
             names.insert(1, names.pop(names.index("encoder.pos_embedding")))
             state = dict(zip(names, {**state, "pos_embed": torch.cat([cls, to_tokens(grid)], 1)}.values(), strict=True))
             self.vit.load_state_dict(state)
-        except (KeyError, RuntimeError, TypeError, ValueError):
+        except (IndexError, KeyError, RuntimeError, TypeError, ValueError):
             raise MethodError(f"{source} does not hold DINO ViT-S/8: the file wanted is {self.FILE}.") from None
 
     @torch.no_grad()

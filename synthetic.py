@@ -77,7 +77,7 @@ def _photograph(canvas, seed, size):
     picture = Image.fromarray(np.clip(np.rint(canvas), 0, 255).astype(np.uint8))
     picture = picture.transform(picture.size, Image.Transform.AFFINE, affine, Image.Resampling.BICUBIC).reduce(2)
     y, x = _grid(size)
-    slope = (x + 1j * y - 0.5 - 0.5j) * np.exp(1j * rng.uniform(0, tau))
+    slope = (x + 1j * y - 0.5 - 0.5j) * _direction(rng)
     light = rng.uniform(0.92, 1.08) * (1 + rng.uniform(0, 0.15) * slope.real)
     noise = 2 * rng.standard_normal((size, size, 3), np.float32)
     photo = np.rint(picture * light[..., None] + noise)
@@ -92,7 +92,7 @@ def _spoil(whole, bare, surface, pieces, rng, defect, contrast):
     centre = x + 1j * y
     here = whole[surface].mean()
     if defect == "misplaced_part":
-        way = rng.uniform(0.035, 0.05) * np.exp(1j * rng.uniform(0, tau))
+        way = rng.uniform(0.035, 0.05) * _direction(rng)
         return _push(whole, piece.mean(), contrast * way)
     if defect == "missing_part":
         return _blend(whole, contrast * _stencil(size, piece), bare)
@@ -100,7 +100,7 @@ def _spoil(whole, bare, surface, pieces, rng, defect, contrast):
         t = np.linspace(-0.5, 0.5, 12)
         length, bend = rng.uniform([0.2, -0.5], 0.5)
         line = t * length + 1j * bend * t**2
-        line = centre + line * np.exp(1j * rng.uniform(0, tau))
+        line = centre + line * _direction(rng)
         cover = _stencil(size, line, width=rng.uniform(0.008, 0.014))
         return _blend(whole, contrast * 0.85 * cover * surface, 245 if here < 150 else 60)
     if defect == "hole":
@@ -130,8 +130,8 @@ def _push(image, centre, way):
 def _fabric(rng, size):
     """Plain weave: blue threads run down, sand-coloured ones across; u and v count them."""
     y, x = _grid(size)
-    u = 22 * x + _noise(rng, size, 4, 4) / 8
-    v = 22 * y + _noise(rng, size, 4, 4) / 8
+    u = 22 * x + _noise(rng, size, 4) / 8
+    v = 22 * y + _noise(rng, size, 4) / 8
     s = 2 * (u % 1) - 1  # -1..1 across a thread
     t = 2 * (v % 1) - 1
     down = _thread(0.9, t, s) * _rgb("#607aa8")
@@ -163,14 +163,14 @@ def _gear(rng, size):
     y, x = (c - 0.5 for c in _grid(size))
     rings = rng.standard_normal(300)[(np.hypot(x, y) * 400).astype(int)]
     steel = 168 + 26 * np.cos(2 * np.arctan2(y, x)) + 5 * rings - 0.5 * (down + right)  # an edge shines
-    mat = (52 + 5 * _noise(rng, size, 60, 60))[..., None] * np.float32([0.92, 1, 1.1])
+    mat = (52 + 5 * _noise(rng, size, 60))[..., None] * np.float32([0.92, 1, 1.1])
     return _blend(mat, cover, steel[..., None]), mat, cover > 0.9, teeth
 
 
 def _chip(rng, size):
     """A black chip with six legs a side, soldered to a green board."""
     pieces = []
-    image = (1 + 0.04 * _noise(rng, size, 40, 40))[..., None] * _rgb("#246242")
+    image = (1 + 0.04 * _noise(rng, size, 40))[..., None] * _rgb("#246242")
     for k in range(12):  # a track and a pad for each leg
         side = 1 if k % 2 else -1
         leg = 0.5 + 0.245 * side + 1j * (0.25 + 0.1 * (k // 2))
@@ -203,9 +203,14 @@ def _rgb(name):
     return np.float32(ImageColor.getrgb(name))
 
 
-def _noise(rng, size, rows, columns):
-    """Smooth (size, size) noise, about -1..1, with so many bumps down and across."""
-    coarse = rng.uniform(-1, 1, (rows, columns)).astype(np.float32)
+def _direction(rng):
+    """A random one, as a complex number of length 1."""
+    return np.exp(1j * rng.uniform(0, tau))
+
+
+def _noise(rng, size, bumps):
+    """Smooth (size, size) noise, about -1..1, with so many bumps a side."""
+    coarse = rng.uniform(-1, 1, (bumps, bumps)).astype(np.float32)
     return np.asarray(Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC))
 
 
@@ -219,7 +224,7 @@ def _blob(rng, centre, smallest, largest, roughness):
     """A closed, irregular outline: (48,) points."""
     radius = rng.uniform(smallest, largest)
     for k in (2, 3, 4, 5):
-        wave = CIRCLE**k * np.exp(1j * rng.uniform(0, tau))
+        wave = CIRCLE**k * _direction(rng)
         radius = radius * (1 + roughness / k * rng.uniform(-1, 1) * wave.real)
     return centre + radius * CIRCLE
 

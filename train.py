@@ -53,7 +53,7 @@ class Progress:
 
     def update(self, done, text=""):
         tenth, end, terminal = 10 * done // self.total, done == self.total, sys.stdout.isatty()
-        if not RANK and (terminal or tenth > self.tenth):
+        if terminal or tenth > self.tenth:
             spent = time.perf_counter() - self.start
             left = spent / done * (self.total - done)
             line = f"{self.label} {done}/{self.total}{text}  {spent:.0f} s, {left:.0f} s left"

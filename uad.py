@@ -137,8 +137,9 @@ class Plan:
 
     def changed(self):
         """-> "name=value, ..." of all that differs from the method's defaults."""
+        defaults = defaults_of(METHODS[self.name])
         now = self.options | vars(self.recipe) | self.settings
-        return ", ".join(f"{k}={as_text(v)}" for k, v in now.items() if v != defaults_of(METHODS[self.name])[k])
+        return ", ".join(f"{k}={as_text(v)}" for k, v in now.items() if v != defaults[k])
 
     def machine(self, device):
         return train.Machine(device, self.settings["precision"], self.settings["workers"])
@@ -252,10 +253,11 @@ def run(args, plan, loaded):
             current = None
             content["models"].append(entry)
             save(None)  # a test image that cannot be read must not cost the training
-        found = evaluate(method, group, machine)
-        same = not loaded or plan.options == loaded["options"]  # else threshold and colours are of another score
-        rows |= judge(found, group, entry) if same else found
+        rows |= evaluate(method, group, machine)
         ratios.append(copy_ratio(method, group, machine))
+        same = not loaded or plan.options == loaded["options"]
+        if same:  # else threshold and colours are of another score
+            judge(rows, group, entry)
         if same and not args.no_panels:
             panels(method, group, rows, entry, plan, machine, out)
 
@@ -300,9 +302,9 @@ def default_out(args, name):
 
 def fit_one(method, group, args, plan, machine, label, save, current):
     """Trains a method on the normal images of a group of categories. -> entry of the checkpoint, with thresholds"""
-    order, held, some = np.random.default_rng(args.seed), set(), []
+    generator, held, some = np.random.default_rng(args.seed), set(), []
     for category in group:  # of each, or it would have no threshold of its own
-        own = [category.train[i] for i in order.permutation(len(category.train))]
+        own = [category.train[i] for i in generator.permutation(len(category.train))]
         held |= set(own[: min(math.ceil(args.holdout * len(own)), len(own) - 1)])
         some += own[: max(256 // len(group), 1)]
     images = read(method, [item for category in group for item in category.train if item not in held])
@@ -360,13 +362,12 @@ def evaluate(method, categories, machine):
 
 
 def judge(rows, categories, entry):
-    """-> the rows of categories, with how many test images their threshold judges wrongly, as [count, of how many]."""
+    """Adds to the rows of categories how many test images their threshold judges wrongly, as [count, of how many]."""
     for category in categories:
         row, threshold = rows[category.name], entry["of"].get(category.name, entry)["threshold"]
         good, bad = ([s for s, item in zip(row["scores"], category.test) if item.label == i] for i in (0, 1))
         row["false_alarms"] = [sum(s > threshold for s in good), len(good)]
         row["misses"] = [sum(s <= threshold for s in bad), len(bad)]
-    return rows
 
 
 def gather(indices, values):
@@ -386,7 +387,7 @@ def category_row(category, scores, maps):
     masks = np.stack([data.read_mask(item, maps.shape[-1]) for item in items])
     # A defective image without a mask, or with an empty one, would count as normal pixel by pixel: leave it out.
     masked = masks.any((1, 2)) | (labels == 0)
-    if empty := [str(item.path) for item, known in zip(items, masked) if item.masks and not known]:
+    if empty := [str(item.path) for item, counts in zip(items, masked) if item.masks and not counts]:
         print0(f"note: the masks of {', '.join(empty[:3])} are empty at this size; {len(empty)} left out of the pixels")
     known = slice(None) if masked.all() else masked  # the maps are many: no copy where none is left out
     row = metrics.evaluate(scores, labels, maps[known], masks[known])
@@ -567,9 +568,10 @@ def predict(args, plan, loaded):
     """A line and an overlay per image as they come, predictions.csv. -> exit code: 2 if none was readable, else 0."""
     method, machine, entry = load_for_use(args, plan, loaded)
     source = Path(args.predict)
-    paths = [source]
+    root, paths = source.parent, [source]
     if source.is_dir():
-        paths = sorted(p for p in source.rglob("*") if p.suffix.lower() in data.EXTENSIONS and p.is_file())
+        root, paths = source, sorted(source.rglob("*"))
+        paths = [p for p in paths if p.suffix.lower() in data.EXTENSIONS and p.is_file()]
         paths = [p for p in paths if not p.name.endswith(".overlay.png")]  # of an earlier prediction
     if not paths:
         raise UserError(f"--predict {source} holds no image ({', '.join(sorted(data.EXTENSIONS))}).")
@@ -594,8 +596,7 @@ def predict(args, plan, loaded):
             if not np.isfinite(score):
                 raise UserError(f"The score of {path} is not finite, so there is no verdict: train again.")
             verdict = "defective" if score > entry["threshold"] else "normal"
-            relative = path.relative_to(source if source.is_dir() else source.parent)
-            overlay = out / f"{relative}.overlay.png"
+            overlay = out / f"{path.relative_to(root)}.overlay.png"
             figures.save(Image.fromarray(figures.overlay(image, anomaly, entry["low"], entry["high"])), overlay)
             lines.writerow([path, f"{score:.6g}", f"{entry['threshold']:.6g}", verdict, overlay])
             file.flush()
@@ -634,7 +635,7 @@ leather 100/98.8 tile 99.3/91.8 wood 98.6/93.2"""
 
 def compare(folders):
     """The results of several runs side by side; runs that differ in their seed alone as mean ± standard deviation."""
-    groups = {}
+    groups, names = {}, set()
     for folder in dict.fromkeys(map(Path, folders)):
         try:
             file = folder / "results.json"
@@ -643,11 +644,12 @@ def compare(folders):
             for row in (found["mean"], *found["categories"].values()):
                 cell([row])
             groups.setdefault(key, []).append(found | {"run": folder.name, "seconds": float(found["seconds"])})
+            names |= set(found["categories"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             print0(f"note: {folder} holds no results.json of this program and is left out")
     if not groups:
         raise UserError("--compare: none of these folders holds a results.json: name folders that a run has written.")
-    names, rows = sorted({name for group in groups.values() for found in group for name in found["categories"]}), []
+    names, rows = sorted(names), []
     for group in groups.values():
         cells = [cell([found["categories"].get(name) for found in group]) for name in names]
         seconds = np.mean([found["seconds"] for found in group])
@@ -711,12 +713,12 @@ def main(argv=None):
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         message = f"{error}: {'free some space, or name another --out' if full else 'see to that file or folder'}."
+    except torch.linalg.LinAlgError:
+        message = "The statistics have no inverse, so training has diverged: lower lr."
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
-        if not full and not isinstance(error, torch.linalg.LinAlgError):
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
-        diverged = "The statistics have no inverse, so training has diverged: lower lr."
-        message = "The memory is full: lower --batch-size or --size." if full else diverged
+        message = "The memory is full: lower --batch-size or --size."
     except KeyboardInterrupt:
         print("\ninterrupted: the same command with --resume goes on from the last save, if any", file=sys.stderr)
         return 130
