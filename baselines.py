@@ -538,7 +538,9 @@ class PatchSVDD(Method):
     @in_float32
     def score(self, batch):
         small, large = self.encode_all(batch[0])
-        maps = self.paint(self.nearest(small, self.bank_32), 32) * self.paint(self.nearest(large, self.bank_64), 64)
+        small = self.paint(self.nearest(small, self.bank_32), 32)
+        large = self.paint(self.nearest(large, self.bank_64), 64)
+        maps = small * large
         return maps, maps.amax((1, 2))
 
 

@@ -556,7 +556,8 @@ class Attention(nn.Module):
         if bands is None:
             x = attend(q, k, v, mask, self.dropout * self.training)
         else:
-            x = torch.cat([attend(q[..., i, :], k[..., j, :], v[..., j, :], mask[i, j]) for i, j in bands], -2)
+            parts = [attend(q[..., i, :], k[..., j, :], v[..., j, :], mask[i, j]) for i, j in bands]
+            x = torch.cat(parts, -2)
         return self.out(x.transpose(-3, -2).flatten(-2))
 
 
@@ -1129,8 +1130,8 @@ class DinoSaliency(Frozen):
                 grid = F.interpolate(grid, scale_factor=(wanted + 0.1) / grid.shape[-1], mode="bicubic")
             names = list(self.vit.state_dict())
             names.insert(1, names.pop(names.index("encoder.pos_embedding")))
-            state = dict(zip(names, {**state, "pos_embed": torch.cat([cls, to_tokens(grid)], 1)}.values(), strict=True))
-            self.vit.load_state_dict(state)
+            state["pos_embed"] = torch.cat([cls, to_tokens(grid)], 1)
+            self.vit.load_state_dict(dict(zip(names, state.values(), strict=True)))
         except (IndexError, KeyError, RuntimeError, TypeError, ValueError):
             raise MethodError(f"{source} does not hold DINO ViT-S/8: the file wanted is {self.FILE}.") from None
 
@@ -1226,7 +1227,8 @@ class EAR(ImageMethod):
 
     def hide(self, images, s):
         if not torch.compiler.is_exporting():  # which cannot follow the value of a tensor, and takes the last number
-            self.side = (self.block.item() if self.mosaic == "auto" else int(self.mosaic)) * self.size / 256
+            block = self.block.item() if self.mosaic == "auto" else int(self.mosaic)
+            self.side = block * self.size / 256
         return images * (1 - s) + mosaic(images, self.side) * s
 
     def prepare(self, images):
@@ -1264,7 +1266,8 @@ def disturb(images):
     b, _, size, _ = images.shape
     rand = partial(torch.rand, device=images.device)
     noise = F.interpolate(rand(b, 1, 12, 12), size, mode="bicubic")
-    centre, reach = rand(b, 2, 1, 1, 1) * size, (0.03 + 0.17 * rand(b, 2, 1, 1, 1) ** 2) * size  # thin to wide
+    centre = rand(b, 2, 1, 1, 1) * size
+    reach = (0.03 + 0.17 * rand(b, 2, 1, 1, 1) ** 2) * size  # thin to wide
     line = torch.arange(size, device=images.device)
     down = (line[:, None] - centre[:, 0]) / reach[:, 0]
     across = (line - centre[:, 1]) / reach[:, 1]
@@ -1382,14 +1385,14 @@ class Decoder(Method):
         self.targets = lambda x: tuple(target.float() for target, _ in method.reconstruction(method.prepare(x)))
         blank = torch.zeros(1, 3, self.size, self.size, device=next(method.parameters()).device)
         with torch.no_grad():
-            shapes = [f.shape for f in self.targets(blank)]
-        require(shapes and shapes[0][1] > 3, "A decoder is for methods that reconstruct features.")
-        layers, channels = [], sum(shape[1] for shape in shapes)
+            channels = [f.shape[1] for f in self.targets(blank)]
+        require(channels and channels[0] > 3, "A decoder is for methods that reconstruct features.")
+        layers, inp = [], sum(channels)
         for width, part in ((128, 8), (64, 4), (32, 2)):  # up to half of the side: features tell no finer detail
-            conv = ops.Conv2dNormActivation(channels, width, bias=True)  # 3x3, BatchNorm, ReLU
+            conv = ops.Conv2dNormActivation(inp, width, bias=True)  # 3x3, BatchNorm, ReLU
             layers += [nn.Upsample(self.size // part, mode="bilinear"), *conv]
-            channels = width
-        self.net = nn.Sequential(*layers, nn.Conv2d(channels, 3, 3, padding=1), nn.Sigmoid())
+            inp = width
+        self.net = nn.Sequential(*layers, nn.Conv2d(inp, 3, 3, padding=1), nn.Sigmoid())
 
     def prepare(self, images):
         return (images, *self.targets(images))

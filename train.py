@@ -220,7 +220,8 @@ def optimizers_for(method, parameters, recipe):
     matrices = [p for p in parameters if id(p) in weights]
     if not matrices:
         raise UserError("optimizer=muon is for linear layers and convolutions, and there is none to train: use adamw.")
-    return [Muon(matrices, **how), torch.optim.AdamW([p for p in parameters if id(p) not in weights], **adam)]
+    others = [p for p in parameters if id(p) not in weights]
+    return [Muon(matrices, **how), torch.optim.AdamW(others, **adam)]
 
 
 def lr_factor(schedule, progress):

@@ -133,7 +133,9 @@ class Plan:
 
     def build(self, seed):
         torch.manual_seed(seed)  # weights first: the same initial network whatever has run before in this process
-        return METHODS[self.name](**self.options)
+        method = METHODS[self.name](**self.options)
+        self.options |= method.settled  # what "auto" became
+        return method
 
     def changed(self):
         """-> "name=value, ..." of all that differs from the method's defaults."""
@@ -166,9 +168,10 @@ def parse(argv):
         training = ("separate", "seed", "recipe", "eval_every", "holdout", "quantile", "resume")
         vain = [f"--{flag.replace('_', '-')}" for flag in training if getattr(args, flag) != flags().get_default(flag)]
         vain += [word for word in given if word.split("=")[0] in loaded["recipe"]]
-        if vain or not loaded["models"]:
-            why = f"is trained: leave out {' '.join(vain)}." if vain else "holds no finished model: use --resume."
-            raise UserError(f"{args.load} {why}")
+        if vain:
+            raise UserError(f"{args.load} is trained: leave out {' '.join(vain)}.")
+        if not loaded["models"]:
+            raise UserError(f"{args.load} holds no finished model: use --resume.")
         values, saved = defaults, loaded["options"] | loaded["recipe"]
         changed = {k: v for k, v in saved.items() if k not in defaults or v != defaults[k]}
         given = [f"{k}={as_text(v)}" for k, v in changed.items()] + given  # as words: somebody may have edited them
@@ -231,13 +234,12 @@ def run(args, plan, loaded):
                "files": {"set of training images": data.fingerprint(categories)}}  # fmt: skip
     unfinished = out / "unfinished.pt"
     begun = interrupted(unfinished, content, args.resume)
-    content["models"], current = begun["models"], begun.get("current")
-    plan.options |= {key: begun["options"][key] for key in plan.options}  # what "auto" was settled to
+    content["models"] = begun["models"]
+    plan.options |= {key: begun["options"][key] for key in plan.options}  # what "auto" had become
     rows, ratios = {}, []
     groups = {c.name: [c] for c in categories} if args.separate else {"all": categories}
     for label, group in groups.items():
         method = plan.build(args.seed).to(machine.device)
-        plan.options |= method.settled
         if not ratios:
             train.clear(out)
         print0(f"{plan.name}, {label}: {', '.join(c.name for c in group)}; seed {args.seed}, {machine.device}; "
@@ -249,8 +251,7 @@ def run(args, plan, loaded):
             raise UserError(f"{args.load} has no model of {label}: name other categories with --categories.")
         else:
             save = lambda state: RANK or train.write(unfinished, content | {"current": state})
-            entry = fit_one(method, group, args, plan, machine, label, save, current)
-            current = None
+            entry = fit_one(method, group, args, plan, machine, label, save, begun.pop("current", None))
             content["models"].append(entry)
             save(None)  # a test image that cannot be read must not cost the training
         rows |= evaluate(method, group, machine)
@@ -268,7 +269,6 @@ def run(args, plan, loaded):
         "config": plan.options | content["recipe"] | about, "categories": rows, "mean": metrics.mean(rows),
         "copy_ratio": ratios, "curve": {e["name"]: e["curve"] for e in content["models"]},
         "seconds": time.perf_counter() - start, "device": str(machine.device)}  # fmt: skip
-    results = json.loads(json.dumps(results), parse_constant=lambda nan: None)  # JSON has no NaN
     if RANK == 0:
         report(results, out)
         if not loaded:
@@ -475,6 +475,7 @@ def reload(method, entry):
 
 def report(results, out):
     """Prints the table with its footer; writes results.json and curve.png."""
+    results = json.loads(json.dumps(results), parse_constant=lambda nan: None)  # JSON has no NaN
     header = ["category", "I-AUROC", "I-AP", "I-F1max", "P-AUROC", "P-AP", "P-F1max", "AUPRO", "false alarms", "misses"]
     rows = []
     for name, row in [*results["categories"].items(), ("mean", results["mean"])]:
@@ -605,6 +606,7 @@ def predict(args, plan, loaded):
     return 2 if skipped == len(paths) else 0
 
 
+@torch.no_grad()
 def export(args, plan, loaded):
     """Writes --export FILE.pt2 and checks it against the program itself."""
     args.device = args.device.replace("auto", "cpu")  # a file traced on a GPU runs on no other machine
@@ -612,16 +614,15 @@ def export(args, plan, loaded):
     images = torch.rand(1, 3, method.size, method.size, device=machine.device)
     module = models.Exported(method).eval().requires_grad_(False)
     expected, _ = train.predict(method, images, machine=machine)  # first: tracing must fill no cache
-    with torch.no_grad():
-        try:
-            program = torch.export.export(module, (images,))
-        except Exception as error:  # whatever the tracer cannot follow
-            raise UserError(f"PyTorch cannot trace {plan.name} ({type(error).__name__}): use --predict.") from None
-        maps, _ = program.module()(images)
+    try:
+        program = torch.export.export(module, (images,))
+    except Exception as error:  # whatever the tracer cannot follow
+        raise UserError(f"PyTorch cannot trace {plan.name} ({type(error).__name__}): use --predict.") from None
+    maps, _ = program.module()(images)
     buffer = io.BytesIO()  # onto a full disk PyTorch's own writer aborts the process
     torch.export.save(program, buffer)
     train.write(args.export, buffer.getvalue())
-    difference = np.abs(maps.numpy(force=True) - expected).max() / expected.max()
+    difference = np.abs(maps.cpu().numpy() - expected).max() / expected.max()
     print0(f"wrote {args.export}: input (1,3,{method.size},{method.size}) in [0,1]; "
         f"largest difference from the program's map {difference:.1e} of its maximum; "
         f"scores above {entry['threshold']:.6g} are defective")  # fmt: skip
