@@ -189,7 +189,8 @@ def _read_visa(root, category, rows):
 def fingerprint(categories) -> str:
     """Of the training images' names, sizes and times: whether a run that goes on still has the same ones."""
     paths = [item.path for category in categories for item in category.train]
-    return hashlib.sha256(repr([(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in paths]).encode()).hexdigest()
+    files = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -408,12 +408,17 @@ def download(url, instead):
         raise MethodError(message) from None
 
 
+def load_file(path):
+    """What torch.save wrote, if it runs no code. Raises nearly anything where it cannot be read."""
+    if not Path(path).is_file():  # to read from a FIFO would wait for ever
+        raise FileNotFoundError
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def load_weights(path):
     """A local state dict, tensors only. Raises MethodError when the file is missing or is not one."""
     try:
-        if not Path(path).is_file():  # to read from a FIFO would wait for ever
-            raise FileNotFoundError
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = load_file(path)
         if not all(isinstance(value, torch.Tensor) for value in state.values()):
             raise TypeError
         return state
@@ -1219,7 +1224,8 @@ class EAR(ImageMethod):
         self.block.fill_(max(ratios, key=ratios.get))
 
     def mask(self, images):
-        """(B,1,S,S): 1 where the image is hidden behind its mosaic. The place to change the masking."""
+        """(B,1,S,S): 1 where the image is hidden behind its mosaic. The place to change the masking: once an image, so
+        nothing in it may be random."""
         if self.saliency in ("everywhere", "nowhere"):
             return torch.full_like(images[:, :1], float(self.saliency == "everywhere"))
         find = self.backbone if self.saliency == "dino" else spectral_residual

@@ -421,9 +421,7 @@ NOT_HELD_OUT = "note: the threshold is of training images, which score lower tha
 def read_checkpoint(path):
     """A checkpoint's content. Raises UserError when it cannot be read or lacks what this program needs."""
     try:
-        if not Path(path).is_file():  # to read from a FIFO would wait for ever
-            raise FileNotFoundError
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = models.load_file(path)
         if content["version"] != VERSION:
             raise UserError(f"{path} is of version {content['version']}, this program reads {VERSION}: train again.")
         verify(content)
@@ -560,9 +558,11 @@ def load_for_use(args, plan, loaded):
         raise UserError(f"--categories: {args.load} knows {', '.join(known)}: name one of them.")
     if plan.options != loaded["options"]:
         print0(OTHER_OPTIONS)
-    machine, entry = plan.machine(args.device), known[named[0]] if named else entries[0]
+    machine = plan.machine(args.device)
+    method = plan.build(args.seed).to(machine.device)
+    entry = known[named[0]] if named else entries[0]
     own = entry["of"][named[0]] if len(named) == 1 else {}
-    return reload(plan.build(args.seed).to(machine.device), entry), machine, entry | own
+    return reload(method, entry), machine, entry | own
 
 
 def predict(args, plan, loaded):

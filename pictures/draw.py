@@ -22,6 +22,10 @@ import train
 import uad
 
 
+def results_of(run):
+    return json.loads(Path(run, "results.json").read_text())
+
+
 def load(run, *words):
     """-> the method of a run's one model, with these options changed, and the model's entry in the checkpoint."""
     _, plan, loaded = uad.parse(["--load", f"{run}/checkpoint.pt", *words])
@@ -36,7 +40,7 @@ def first():
     above = {}  # how far each score is above its threshold
     for name in ("mlp", "uniad"):
         _, entry = load(f"runs/{name}-synthetic")
-        rows = json.loads(Path(f"runs/{name}-synthetic/results.json").read_text())["categories"]
+        rows = results_of(f"runs/{name}-synthetic")["categories"]
         for category in categories:
             threshold = entry["of"][category.name]["threshold"]
             for item, score in zip(category.test, rows[category.name]["scores"]):
@@ -104,7 +108,7 @@ def curve(copier, remedy):
     """Loss, image and pixel AUROC of two runs over their steps."""
     series = []
     for run in (copier, remedy):
-        results = json.loads((Path(run) / "results.json").read_text())
+        results = results_of(run)
         (records,) = results["curve"].values()
         series += figures.run_series(records, ("loss", "image_auroc", "pixel_auroc"), f"{results['method']}: ")
     figures.curve(series, "pictures/curve.png", "One model for five real sets", right=(0.7, 1))
@@ -114,7 +118,7 @@ def images(*runs):
     """Image AUROC over the number of training images that --holdout left, the mean of runs of equal number."""
     found = {}
     for run in runs:
-        results = json.loads((Path(run) / "results.json").read_text())
+        results = results_of(run)
         config, auroc = results["config"], results["mean"]["image_auroc"]
         (category,) = data.find_categories(config["data"], config["categories"])
         count = len(category.train) - math.ceil(config["holdout"] * len(category.train))
