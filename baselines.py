@@ -353,11 +353,11 @@ class MKD(Method):
             inp, side = out, level.shape[-1]
         self.standardize = nn.ModuleList(Standardize(channels, on=standardize) for channels in self.backbone.channels)
 
-    def forward_through(self, stages, images):
-        """-> what each of the stages puts out; unlike the backbone's own forward it lets gradients through."""
+    def clone_levels(self, images):
+        """-> what the clone has for the levels of the backbone"""
         x, levels = self.backbone.normalize(images), []
-        for stage in stages:
-            x = stage(x)
+        for block in self.clone:
+            x = block(x)
             levels.append(x)
         return levels[-3:]
 
@@ -384,14 +384,14 @@ class MKD(Method):
 
     def loss(self, batch, stage):
         images, *source = batch
-        return self.errors(source, self.forward_through(self.clone, images)).mean()
+        return self.errors(source, self.clone_levels(images)).mean()
 
     @in_float32
     def score(self, batch):
         with torch.enable_grad():
             images = batch[0].detach().requires_grad_()
-            source = self.standardized(self.forward_through(self.backbone.stages, images))
-            scores = self.errors(source, self.forward_through(self.clone, images))
+            source = self.standardized(self.backbone(images))
+            scores = self.errors(source, self.clone_levels(images))
             (gradient,) = torch.autograd.grad(scores.sum(), images)
         maps = gaussian_blur(gradient.abs().sum(1), 4.0, 16)
         eroded = -F.max_pool2d(-maps, 3, 1, 1)
@@ -520,7 +520,7 @@ class PatchSVDD(Method):
 
         |h - n|^2 = |h|^2 + |n|^2 - 2 h'n, by pieces of the memory that stay in the processor's cache.
         """
-        x = to_tokens(h.float()).flatten(0, 1)  # (B g g, D)
+        x = to_tokens(h).flatten(0, 1)  # (B g g, D)
         best = torch.inf
         for part in bank.split(256):
             found = torch.addmm(part.square().sum(1), x, part.T, alpha=-2).amin(1)
@@ -694,8 +694,8 @@ class DRAEM(Method):
 
     def forward(self, images):
         """-> reconstruction (B,3,S,S), logits (B,2,S,S)"""
-        restored = self.restorer(images).float()
-        return restored, self.marker(torch.cat([images, restored], 1)).float()
+        restored = self.restorer(images)
+        return restored, self.marker(torch.cat([images, restored], 1))
 
     def loss(self, batch, stage):
         (images,) = batch

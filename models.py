@@ -379,7 +379,6 @@ class Backbone(Frozen):
                 raise MethodError(f"{weights} does not hold the weights of {name}: name its own file.") from None
         return list(getattr(net, "features", net).children())
 
-    @torch.no_grad()
     def forward(self, images):
         x, levels = self.normalize(images).contiguous(memory_format=torch.channels_last), []
         for stage in self.stages:
@@ -789,7 +788,7 @@ class ReferenceNet(nn.Module):
         reference = self.project_reference(self.reference) + self.position
         for layer in self.layers:
             x = layer(x, reference, self.only_near, self.only_far, self.bands)
-        return self.project_out(self.norm(x))
+        return self.project_out(self.norm(x)).float()
 
 
 class RLR(Method):
@@ -846,22 +845,22 @@ class RLR(Method):
     def loss(self, batch, stage):
         total = 0.0
         for f, net in zip(batch, self.nets):
-            restored = net(add_jitter(f, self.alpha)).float()
+            restored = net(add_jitter(f, self.alpha))
             cosine = (1 - F.cosine_similarity(restored, f, dim=-1)) / 2  # in [0,1], which LAMP needs
             total = total + F.mse_loss(restored, f) + 2 * (lamp(cosine) if self.lamp else cosine).mean()
         return total
 
     def fit_statistics(self, batches):
         for i, rarity in enumerate(self.rarity):
-            rarity.fit(self.nets[i](batch[i]).float() - batch[i] for batch in batches())
+            rarity.fit(self.nets[i](batch[i]) - batch[i] for batch in batches())
 
     def reconstruction(self, batch):
-        return [(to_grid(f), to_grid(net(f).float())) for f, net in zip(batch, self.nets)]
+        return [(to_grid(f), to_grid(net(f))) for f, net in zip(batch, self.nets)]
 
     def score(self, batch):
         total = 0.0
         for f, net, rarity in zip(batch, self.nets, self.rarity):
-            restored = net(f).float()  # (B,L,C)
+            restored = net(f)  # (B,L,C)
             error = rarity(restored - f).square() / f.shape[-1] + 1 - F.cosine_similarity(restored, f, dim=-1)  # (B,L)
             error = to_grid(error[..., None])
             total = total + bilinear(error, self.size, align_corners=not self.smooth)
@@ -1085,7 +1084,8 @@ def mosaic(images, m):
     if m <= 1:
         return images
     size = images.shape[-1]
-    matrix = gaussian_matrix(max(1, round(size / m)), size, max((m - 1) / 2, 0.1), round(2 * m), images.device)
+    sigma = max((m - 1) / 2, 0.1)
+    matrix = gaussian_matrix(round(size / m), size, sigma, round(2 * m), images.device)
     return F.interpolate(both_axes(matrix, images), size)  # nearest
 
 
@@ -1388,7 +1388,7 @@ class Decoder(Method):
 
     def __init__(self, method):
         super().__init__(method.size)
-        self.targets = lambda x: tuple(target.float() for target, _ in method.reconstruction(method.prepare(x)))
+        self.targets = lambda x: tuple(target for target, _ in method.reconstruction(method.prepare(x)))
         blank = torch.zeros(1, 3, self.size, self.size, device=next(method.parameters()).device)
         with torch.no_grad():
             channels = [f.shape[1] for f in self.targets(blank)]
@@ -1410,7 +1410,7 @@ class Decoder(Method):
     def forward(self, levels):
         """List of (B,C_l,h_l,w_l) -> (B,3,S,S) in [0,1]."""
         side = max(f.shape[-1] for f in levels)
-        levels = [bilinear(f.float(), side) for f in levels]
+        levels = [bilinear(f, side) for f in levels]
         return bilinear(self.net(torch.cat(levels, 1)).float(), self.size)
 
 

@@ -515,7 +515,7 @@ def panels(method, group, rows, entry, plan, machine, out):
         chosen = list(dict.fromkeys([*good[-2:][::-1], *bad[:2], *clearest.values()]))[: train.CHUNK]
         images, shown = read(method, [items[i] for i in chosen]), []
         (batch,) = machine.prepare(method, images)  # in one batch
-        maps = method.score(batch)[0].float().cpu().numpy()
+        maps = method.score(batch)[0].cpu().numpy()
         restored = restored_tiles(method.reconstruction(batch), decoder)
         for row, i in enumerate(chosen):
             item, score = items[i], scores[i]
