@@ -942,10 +942,9 @@ def gms_error(a, b):
 
 def multi_scale_gms_error(a, b):
     """Mean of `gms_error` over 3 scales (2x2 average pooling between them), each brought to full size: (B,C,H,W)."""
-    total, size = 0.0, a.shape[-2:]
-    for scale in range(3):
-        if scale:
-            a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
+    total, size = gms_error(a, b), a.shape[-2:]
+    for _ in range(2):
+        a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
         total = total + bilinear(gms_error(a, b), size)
     return total / 3
 
