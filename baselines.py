@@ -692,7 +692,7 @@ class DRAEM(Method):
         textures = textures.to(images.device) / 255
         return torch.where(half_of(images), textures, textures.flip(-1))
 
-    def forward(self, images):
+    def restore_and_mark(self, images):
         """-> reconstruction (B,3,S,S), logits (B,2,S,S)"""
         restored = self.restorer(images)
         return restored, self.marker(torch.cat([images, restored], 1))
@@ -700,17 +700,17 @@ class DRAEM(Method):
     def loss(self, batch, stage):
         (images,) = batch
         pasted, mask = paste_textures(images, self.draw_textures(images))
-        restored, logits = self(pasted)
+        restored, logits = self.restore_and_mark(pasted)
         log_p = logits.log_softmax(1).gather(1, mask.long())  # of the true class
         focal = (-((1 - log_p.exp()) ** 2) * log_p).mean()
         return F.mse_loss(restored, images) + 2 * ssim_error(restored, images).mean() + focal
 
     def reconstruction(self, batch):
-        restored, _ = self(batch[0])
+        restored, _ = self.restore_and_mark(batch[0])
         return [(batch[0], restored.clamp(0, 1))]
 
     def score(self, batch):
-        _, logits = self(batch[0])
+        _, logits = self.restore_and_mark(batch[0])
         maps = logits.softmax(1)[:, 1]
         return maps, F.avg_pool2d(maps[:, None], 21, 1, 10).amax((1, 2, 3))
 

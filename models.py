@@ -156,6 +156,10 @@ class Method(nn.Module):
         """Prepared batch -> list of (target, reconstruction), (B,C,h,w) each, one a level; []: nothing to compare."""
         return []
 
+    def forward(self, images):
+        """(B,3,S,S) in [0,1] -> maps (B,S,S), scores (B,): all in one, which is what can be exported."""
+        return self.score(self.prepare(images))
+
     def load_state_dict(self, state, strict=True, assign=False):
         """As PyTorch's, but empty statistics take the shape they were saved with: some grow while they are fitted."""
         for name, own in list(self.named_buffers()):
@@ -1411,17 +1415,6 @@ class Decoder(Method):
         side = max(f.shape[-1] for f in levels)
         levels = [bilinear(f, side) for f in levels]
         return bilinear(self.net(torch.cat(levels, 1)).float(), self.size)
-
-
-class Exported(nn.Module):
-    """Images (1,3,S,S) in [0,1] -> (anomaly maps (1,S,S), image scores (1,)), for use without this program."""
-
-    def __init__(self, method):
-        super().__init__()
-        self.method = method
-
-    def forward(self, images):
-        return self.method.score(self.method.prepare(images))
 
 
 def copy_ratio(pairs, mask):

@@ -612,10 +612,10 @@ def export(args, plan, loaded):
     args.device = args.device.replace("auto", "cpu")  # a file traced on a GPU runs on no other machine
     method, machine, entry = load_for_use(args, plan, loaded)
     images = torch.rand(1, 3, method.size, method.size, device=machine.device)
-    module = models.Exported(method).eval().requires_grad_(False)
+    method.requires_grad_(False)
     expected, _ = train.predict(method, images, machine=machine)  # first: tracing must fill no cache
     try:
-        program = torch.export.export(module, (images,))
+        program = torch.export.export(method, (images,))
     except Exception as error:  # whatever the tracer cannot follow
         raise UserError(f"PyTorch cannot trace {plan.name} ({type(error).__name__}): use --predict.") from None
     maps, _ = program.module()(images)
