@@ -398,7 +398,8 @@ class LossModule(nn.Module):
 def check_room(count, side):
     """Raises UserError when the maps of so many images do not fit into half of the memory."""
     if count * side**2 * 4 > 0.5 * RAM:
-        raise UserError(f"The maps of {count} images need {count * side**2 / 2**28:.0f} GiB: give fewer or smaller ones.")
+        gigabytes = count * side**2 / 2**28
+        raise UserError(f"The maps of {count} images need {gigabytes:.0f} GiB: give fewer or smaller ones.")
 
 
 def predict(method, images, *, machine=None, indices=None):

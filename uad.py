@@ -612,7 +612,7 @@ def export(args, plan, loaded):
     args.device = args.device.replace("auto", "cpu")  # a file traced on a GPU runs on no other machine
     method, machine, entry = load_for_use(args, plan, loaded)
     images = torch.rand(1, 3, method.size, method.size, device=machine.device)
-    method.requires_grad_(False)
+    method.eval().requires_grad_(False)
     expected, _ = train.predict(method, images, machine=machine)  # first: tracing must fill no cache
     try:
         program = torch.export.export(method, (images,))
