@@ -178,6 +178,14 @@ class PaDiM(Method):
 # Students and teachers
 
 
+@in_float32
+def correlations(y):
+    """(B,C,h,w) -> (C,C), of channels; 0 for one that is constant, as on plain images (torch.corrcoef has NaN)."""
+    x = y.float().transpose(0, 1).flatten(1)
+    x = F.normalize(x - x.mean(1, keepdim=True), dim=1)
+    return x @ x.T
+
+
 class UninformedStudents(Method):
     """A teacher describes every patch; students learn its descriptors on normal images only, so on a defect they miss
     the teacher and disagree among themselves. With teacher y, students s_1 to s_M and their mean s, per position:
@@ -253,6 +261,8 @@ class UninformedStudents(Method):
 
     def calibrate(self, batches):
         self.standardize.fit(torch.cat([self.frozen_features(images, 16) for images in batches]))
+        for norm in self.norms:  # mu and sigma are those of the teacher to come, not of an earlier training's as well
+            norm.reset_running_stats()
 
     def loss(self, batch, stage):
         (images,) = batch
@@ -264,7 +274,7 @@ class UninformedStudents(Method):
         for teacher, decoder in zip(self.teachers, self.decoders):
             y = teacher(images)
             target = self.standardize(self.frozen_features(images, y.shape[-2:]))
-            correlation = torch.corrcoef(y.float().transpose(0, 1).flatten(1))
+            correlation = correlations(y)
             compactness = correlation.abs().mean() - 1 / len(correlation)  # without the diagonal
             total = total + F.mse_loss(decoder(y).float(), target) + compactness
         return total
@@ -388,8 +398,8 @@ class MKD(Method):
 
     @in_float32
     def score(self, batch):
-        with torch.enable_grad():
-            images = batch[0].detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            images = batch[0].clone().requires_grad_()  # a copy: what inference_mode gave takes no gradient
             source = self.standardized(self.backbone(images))
             scores = self.errors(source, self.clone_levels(images))
             (gradient,) = torch.autograd.grad(scores.sum(), images)
@@ -764,16 +774,18 @@ class FCDD(Method):
 
     @staticmethod
     def confetti(images):
-        """Adds 1 to 3 turned squares of random colour to each image."""
-        size = images.shape[-1]
+        """Adds 1 to 3 turned squares of random colour to each image, or takes them away where that changes nothing."""
+        size, added = images.shape[-1], torch.zeros_like(images)
         count = torch.randint(1, 4, (len(images), 1, 1, 1), device=images.device)
         for i in range(3):
             side = uniform(images, 8, 54) * (size / 224)
             angle = uniform(images, -math.pi / 4, math.pi / 4)
             grid = turned_grid(uniform(images, 0, size, 2), angle, size)
             inside = (grid.abs() < side / 2).all(1, keepdim=True) & (i < count)
-            images = images + inside * uniform(images, 0, 1, 3)
-        return images.clamp(0, 1)
+            added = added + inside * uniform(images, 0, 1, 3)
+        bright = (images + added).clamp(0, 1)
+        change = (bright - images).mean((1, 2, 3), keepdim=True)  # none on white, yet labelled defective
+        return torch.where(change < 0.025 / 255, (images - added).clamp(0, 1), bright)  # as in the authors' code
 
     @staticmethod
     def local_contrast(images):

@@ -964,6 +964,7 @@ def ssim_error(a, b):
 
 
 @lru_cache(maxsize=32)
+@torch.inference_mode(False)  # who scores in that mode would leave matrices here that no training can use
 def gaussian_matrix(cells, size, sigma, reach, device):
     """(cells, size): row i holds a Gaussian's weights around the centre of cell i of `size` pixels, borders reflected.
 

@@ -831,6 +831,76 @@ def test_a_new_method_needs_no_more_than_the_contract():
     assert scores[0] == pytest.approx(0.25, abs=0.01)
 
 
+def test_every_epoch_shows_every_image_once_whatever_the_batch(monkeypatch):
+    seen = []
+    loss = lambda self, batch, stage: seen.extend(batch[0][:, 0, 0, 0].tolist()) or (self.gain - 1).square()
+    monkeypatch.setattr(Nearest, "loss", loss)
+    images = (torch.arange(15) / 16).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
+    train.fit(Nearest(), images, machine=CPU, epochs=8, batch_size=8)
+    assert len(seen) == 120 and {seen.count(value) for value in seen} == {8}
+
+
+def test_a_state_that_was_kept_in_memory_gives_the_same_numbers_twice():
+    states, images, how = [], torch.rand(8, 3, 32, 32), {"machine": CPU, "epochs": 3, "batch_size": 4}
+    whole = train.fit(build("ae", size=32), images, save_every=0, save=states.append, **how)
+    for _ in range(2):
+        again = train.fit(build("ae", size=32), images, resume=states[1], **how)
+        assert all(map(torch.equal, whole.state_dict().values(), again.state_dict().values()))
+
+
+def test_scores_in_inference_mode_leave_a_method_that_can_train():
+    models.gaussian_matrix.cache_clear()
+    for name in ("ae", "mkd"):
+        method, images = build(name, size=64), torch.rand(4, 3, 64, 64)
+        train.fit(method, images, machine=CPU, epochs=1)
+        models.gaussian_matrix.cache_clear()
+        with torch.inference_mode():
+            train.predict(method, images, machine=CPU)
+            models.ssim_error(images, images)
+        train.fit(method, images, machine=CPU, epochs=1)
+
+
+def test_us_trains_on_plain_images_and_again_with_the_targets_of_its_new_teacher():
+    method, images = build("us", size=64), torch.rand(8, 3, 64, 64)
+    method.loss((torch.zeros(1, 3, 64, 64),), "teacher")
+    for _ in range(2):
+        train.fit(method, images, machine=CPU, epochs=4)
+        ((target, _),) = method.descriptors(images)
+        assert target.mean((0, 2, 3)).abs().max() < 0.2 and (target.std((0, 2, 3)) - 1).abs().max() < 0.2
+    y = torch.randn(2, 6, 5, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = torch.from_numpy(np.corrcoef(y.transpose(0, 1).flatten(1).numpy()))
+        assert torch.allclose(baselines.correlations(y).double(), expected, atol=1e-5)
+    y[:, 0] = 3
+    assert baselines.correlations(y).isfinite().all()
+
+
+def test_confetti_changes_white_images_too():
+    for images in (torch.ones(50, 3, 64, 64), torch.zeros(50, 3, 64, 64)):
+        assert (baselines.FCDD.confetti(images) != images).flatten(1).any(1).all()
+
+
+RESUMED = """
+import copy, torch, models, train
+torch.distributed.init_process_group("gloo")
+states, images = [], torch.full((8, 3, 128, 128), 0.5)
+how = {"machine": train.Machine("cpu", "fp32"), "epochs": 4, "batch_size": 4}
+build = lambda: torch.manual_seed(0) and models.UniAD(size=128, width=16, heads=2, layers=1, hidden=16, weights="none")
+whole = train.fit(build(), images, save_every=0, save=lambda state: states.append(copy.deepcopy(state)), **how)
+box = states[3:4] or [None]
+torch.distributed.broadcast_object_list(box, 0)
+again = train.fit(build(), images, resume=box[0], **how)
+assert all(map(torch.equal, whole.parameters(), again.parameters()))
+"""
+
+
+def test_two_processes_go_on_to_the_same_numbers(tmp_path):
+    (tmp_path / "resumed.py").write_text(RESUMED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "resumed.py"]
+    where = os.environ | {"PYTHONPATH": str(Path(uad.__file__).parent), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, env=where)
+
+
 # --- the contract, which every method keeps
 
 

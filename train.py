@@ -8,6 +8,7 @@ through every stage -> fit_statistics. Images are anything with a length and ite
 (N,3,S,S) in [0,1]. Needs torch and NumPy alone. Copy this file and models.py into your project, and both work there.
 """
 
+import copy
 import hashlib
 import math
 import os
@@ -48,14 +49,14 @@ def print0(*words, end="\n"):
 class Progress:
     """A line with what is done and the time left: renewed on a terminal, elsewhere printed at every tenth."""
 
-    def __init__(self, label, total):
-        self.label, self.total, self.start, self.tenth = label, total, time.perf_counter(), 0
+    def __init__(self, label, total, begun=0):
+        self.label, self.total, self.begun, self.start, self.tenth = label, total, begun, time.perf_counter(), 0
 
     def update(self, done, text=""):
         tenth, end, terminal = 10 * done // self.total, done == self.total, sys.stdout.isatty()
         if terminal or tenth > self.tenth:
             spent = time.perf_counter() - self.start
-            left = spent / done * (self.total - done)
+            left = spent / (done - self.begun) * (self.total - done)  # begun: before a resumed run went on
             line = f"{self.label} {done}/{self.total}{text}  {spent:.0f} s, {left:.0f} s left"
             print0(f"\r{line:<100}" if terminal else line, end="" if terminal and not end else "\n")
         self.tenth = tenth
@@ -284,7 +285,7 @@ def fit(
         if resume:
             run.load_state_dict(resume)
             resume = None
-        progress, saved = Progress(f"{label} {stage}", run.total), time.perf_counter()
+        progress, saved = Progress(f"{label} {stage}", run.total, run.step), time.perf_counter()
         while run.step < run.total:
             loss = run.advance(prepared, stage)
             last = run.step == run.total
@@ -322,27 +323,25 @@ class Stage:
         if WORLD > 1:
             self.module = nn.parallel.DistributedDataParallel(self.module)
         count //= WORLD  # every process takes the same number of steps, or some would wait for ever
-        share = max(1, recipe.batch_size // WORLD)  # the recipe's batch is that of all processes together
-        self.batch_size = min(share, count)
-        self.per_epoch = recipe.steps or count // self.batch_size
-        self.total, self.step, self.mean, self.order = recipe.epochs * self.per_epoch, 0, None, None
+        self.batch_size = min(max(1, recipe.batch_size // WORLD), count)  # the recipe's is that of all together
+        self.total = recipe.epochs * recipe.steps or recipe.epochs * count // self.batch_size
+        self.step, self.mean = 0, None
         method.train()
-        if RANK:  # noise of its own in every process; the first one's is what a single process draws
-            torch.manual_seed(seeds[0] + RANK)
 
     def advance(self, prepared, stage):
         """One step of the optimizers. -> running mean of the loss, on the device"""
-        epoch, at = divmod(self.step, self.per_epoch)
-        if at == 0 or self.order is None:  # from a generator of its own, so that a resumed run sees the same order
-            generator = np.random.default_rng((*self.seeds, epoch, RANK))
-            count = len(prepared.indices)
-            rounds = math.ceil(self.per_epoch * self.batch_size / count)  # one, unless the recipe tells the steps
-            self.order = torch.from_numpy(np.concatenate([generator.permutation(count) for _ in range(rounds)]))
+        count, first = len(prepared.indices), self.step * self.batch_size
+        epochs = range(first // count, (first + self.batch_size - 1) // count + 1)  # a batch may reach into the next
+        # Each from a generator of its own, so that a resumed run sees the same order.
+        orders = [np.random.default_rng((*self.seeds, epoch, RANK)).permutation(count) for epoch in epochs]
+        rows = torch.from_numpy(np.concatenate(orders)[first % count :][: self.batch_size])
+        if RANK:  # noise of its own in every process, the same when it goes on; the first one's is a single process's
+            torch.manual_seed(int(np.random.SeedSequence((*self.seeds, self.step, RANK)).generate_state(1)[0]))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.lr * lr_factor(self.recipe.schedule, self.step / self.total)
-        batch = prepared.batch(self.order[at * self.batch_size : (at + 1) * self.batch_size])
+        batch = prepared.batch(rows)
         with self.machine.autocast():
             loss = self.module(batch, stage)
         loss.backward()
@@ -360,8 +359,9 @@ class Stage:
         optimizers, random = [optimizer.state_dict() for optimizer in self.optimizers], [torch.get_rng_state()]
         if self.machine.device.type == "cuda":
             random.append(torch.cuda.get_rng_state(self.machine.device))
-        return {"step": self.step, "loss": self.mean.item(), "random": random, "optimizers": optimizers,
-                "state": trained_state(self.method)}  # fmt: skip
+        state = {"step": self.step, "loss": self.mean.item(), "random": random, "optimizers": optimizers,
+                 "state": trained_state(self.method)}  # fmt: skip
+        return copy.deepcopy(state)  # on a CPU all of it is what training goes on changing
 
     def load_state_dict(self, state):
         if state.get("step") not in range(self.total):
@@ -369,7 +369,7 @@ class Stage:
         try:
             restore(self.method, state["state"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                optimizer.load_state_dict(saved)
+                optimizer.load_state_dict(copy.deepcopy(saved))  # PyTorch would train on in the caller's tensors
                 for p, own in optimizer.state.items():
                     if any(value.shape not in (p.shape, ()) for value in own.values()):
                         raise ValueError  # the fused kernels would read beyond their memory
@@ -380,8 +380,6 @@ class Stage:
             raise UserError(f"The saved state is damaged ({type(error).__name__}): start again.") from None
         if cuda and self.machine.device.type == "cuda":
             torch.cuda.set_rng_state(cuda[0], self.machine.device)
-        if RANK:
-            torch.manual_seed(self.seeds[0] + RANK + self.step)
 
 
 class LossModule(nn.Module):
