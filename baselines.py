@@ -320,10 +320,11 @@ class MKD(Method):
         L = sum_l (1 - cos(a_l, b_l)) + lambda |a_l - b_l|^2 / N_l,   map = open(blur(|dL/dx|)),   score = L
 
     Salehi et al., CVPR 2021 (multiresolution knowledge distillation), section 3. Theirs: VGG-16 and a clone with few
-    channels and BatchNorm, in their code of 343,984 parameters, at the strides 8, 16 and 32; lambda makes the two
-    terms alike; Adam 1e-3, batch 64; the gradient of the loss with respect to the image (through both networks)
-    localises, summed over channels, smoothed and then opened morphologically. Ours: the last three levels of any
-    backbone; lambda = 1; opened as a grey map, and not scaled image by image, which would make images incomparable.
+    channels and BatchNorm, in their code of 343,984 parameters, at the strides 8, 16 and 32; lambda makes the two terms
+    alike; images in [0,1] as they are, where ours are standardized by ImageNet's pixels; Adam 1e-3, batch 64; the
+    gradient of the loss with respect to the image (through both networks) localises, summed over channels, smoothed and
+    then opened morphologically. Ours: the last three levels of any backbone; lambda = 1; opened as a grey map, and not
+    scaled image by image, which would make images incomparable.
     standardize: each channel over normal images, so that no large channel owns both terms; the clone's levels have no
     ReLU then.
     """

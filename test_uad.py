@@ -1194,7 +1194,7 @@ def test_a_method_trains_writes_its_results_and_loads_to_equal_numbers(program, 
     assert not any(key.startswith("backbone.") for key in content["models"][0]["state"])
 
 
-@parametrize("method, at", [("uniad", 2), ("fader", 3), ("mlp --separate", 3)])
+@parametrize("method, at", [("uniad", 2), ("fader", 3), ("mlp --separate", 4)])
 def test_a_run_that_was_killed_goes_on_to_the_numbers_of_an_uninterrupted_one(program, monkeypatch, method, at):
     line = f"--method {method} --no-panels --batch-size 4 save_every=0 epochs=2"
     assert program(f"{line} --out whole")[0] == 0

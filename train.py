@@ -80,6 +80,7 @@ def pick_device(name):
 class Machine:
     """Where and how to compute. device: auto, cpu, cuda or cuda:N. precision: bf16, fp32, or auto = bf16 where native.
 
+    PyTorch lets convolutions in fp32 use TF32 on a GPU, 10 bits; torch.backends.cudnn.allow_tf32 = False does not.
     workers: threads that decode images ahead; Pillow releases Python's lock while it decodes. Raises UserError.
     """
 
