@@ -804,7 +804,7 @@ class RLR(Method):
     averaged over levels, smoothed with sigma = 4; image score: its maximum.
     whiten: the squared error is that of Rarity, level by level; the cosine, which has no channels, stays as it is.
     smooth: one smoothed map for image and pixel metrics. False is the authors' code: levels enlarged with aligned
-    corners, the image score after the smoothing, the map before it; no mean of five sets moved by over 0.3 points.
+    corners, the image score after the smoothing, the map before it; no mean of five sets moved by over 0.4 points.
 
     Paper: He et al., ECCV 2024, section 3. EfficientNet-B6 at 256x256, strides 8 and 16: 21,514,512 trainable
     parameters. Its code steps one shared optimizer once per level; here the levels' losses are summed, one step.
