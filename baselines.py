@@ -180,10 +180,12 @@ class PaDiM(Method):
 
 @in_float32
 def correlations(y):
-    """(B,C,h,w) -> (C,C), of channels; 0 for one that is constant, as on plain images (torch.corrcoef has NaN)."""
+    """(B,C,h,w) -> (C,C), of channels; about 0 for one that is constant, as on plain images (torch.corrcoef: NaN)."""
     x = y.float().transpose(0, 1).flatten(1)
-    x = F.normalize(x - x.mean(1, keepdim=True), dim=1)
-    return x @ x.T
+    rest = x - x.mean(1, keepdim=True)
+    rounding = 1e-5 * x.norm(dim=1, keepdim=True) + 1e-12  # the mean of a constant channel is not exact
+    rest = rest / torch.maximum(rest.norm(dim=1, keepdim=True), rounding)
+    return rest @ rest.T
 
 
 class UninformedStudents(Method):
@@ -321,7 +323,7 @@ class MKD(Method):
 
     Salehi et al., CVPR 2021 (multiresolution knowledge distillation), section 3. Theirs: VGG-16 and a clone with few
     channels and BatchNorm, in their code of 343,984 parameters, at the strides 8, 16 and 32; lambda makes the two terms
-    alike; images in [0,1] as they are, where ours are standardized by ImageNet's pixels; Adam 1e-3, batch 64; the
+    alike; images in [0,1] as they are, where ours are standardized as the backbone expects; Adam 1e-3, batch 64; the
     gradient of the loss with respect to the image (through both networks) localises, summed over channels, smoothed and
     then opened morphologically. Ours: the last three levels of any backbone; lambda = 1; opened as a grey map, and not
     scaled image by image, which would make images incomparable.

@@ -157,7 +157,7 @@ class Method(nn.Module):
         return []
 
     def forward(self, images):
-        """(B,3,S,S) in [0,1] -> maps (B,S,S), scores (B,): all in one, which is what can be exported."""
+        """(B,3,S,S) in [0,1] -> maps (B,S,S), scores (B,): what --export writes, so no method replaces it."""
         return self.score(self.prepare(images))
 
     def load_state_dict(self, state, strict=True, assign=False):
@@ -849,7 +849,7 @@ class RLR(Method):
     def loss(self, batch, stage):
         total = 0.0
         for f, net in zip(batch, self.nets):
-            restored = net(add_jitter(f, self.alpha))
+            restored = net(add_jitter(f, self.alpha) if self.alpha else f)
             cosine = (1 - F.cosine_similarity(restored, f, dim=-1)) / 2  # in [0,1], which LAMP needs
             total = total + F.mse_loss(restored, f) + 2 * (lamp(cosine) if self.lamp else cosine).mean()
         return total
@@ -964,7 +964,7 @@ def ssim_error(a, b):
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)  # who scores in that mode would leave matrices here that no training can use
+@torch.inference_mode(False)  # such a matrix would stay in the cache, and autograd refuses it
 def gaussian_matrix(cells, size, sigma, reach, device):
     """(cells, size): row i holds a Gaussian's weights around the centre of cell i of `size` pixels, borders reflected.
 
@@ -1089,7 +1089,7 @@ def mosaic(images, m):
         return images
     size = images.shape[-1]
     sigma = max((m - 1) / 2, 0.1)
-    matrix = gaussian_matrix(round(size / m), size, sigma, round(2 * m), images.device)
+    matrix = gaussian_matrix(max(1, round(size / m)), size, sigma, round(2 * m), images.device)
     return F.interpolate(both_axes(matrix, images), size)  # nearest
 
 
@@ -1228,8 +1228,8 @@ class EAR(ImageMethod):
         self.block.fill_(max(ratios, key=ratios.get))
 
     def mask(self, images):
-        """(B,1,S,S): 1 where the image is hidden behind its mosaic. The place to change the masking: once an image, so
-        nothing in it may be random."""
+        """(B,1,S,S): 1 where the image is hidden behind its mosaic. The place to change the masking. It is
+        computed once an image, so it must not be random."""
         if self.saliency in ("everywhere", "nowhere"):
             return torch.full_like(images[:, :1], float(self.saliency == "everywhere"))
         find = self.backbone if self.saliency == "dino" else spectral_residual

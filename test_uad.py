@@ -840,9 +840,10 @@ def test_every_epoch_shows_every_image_once_whatever_the_batch(monkeypatch):
     assert len(seen) == 120 and {seen.count(value) for value in seen} == {8}
 
 
-def test_a_state_that_was_kept_in_memory_gives_the_same_numbers_twice():
+def test_a_saved_state_gives_the_same_numbers_twice():
     states, images, how = [], torch.rand(8, 3, 32, 32), {"machine": CPU, "epochs": 3, "batch_size": 4}
-    whole = train.fit(build("ae", size=32), images, save_every=0, save=states.append, **how)
+    save = lambda state: states.append(copy.deepcopy(state))
+    whole = train.fit(build("ae", size=32), images, save_every=0, save=save, **how)
     for _ in range(2):
         again = train.fit(build("ae", size=32), images, resume=states[1], **how)
         assert all(map(torch.equal, whole.state_dict().values(), again.state_dict().values()))
@@ -862,7 +863,7 @@ def test_scores_in_inference_mode_leave_a_method_that_can_train():
 
 def test_us_trains_on_plain_images_and_again_with_the_targets_of_its_new_teacher():
     method, images = build("us", size=64), torch.rand(8, 3, 64, 64)
-    method.loss((torch.zeros(1, 3, 64, 64),), "teacher")
+    assert method.loss((torch.zeros(1, 3, 64, 64),), "teacher").isfinite()
     for _ in range(2):
         train.fit(method, images, machine=CPU, epochs=4)
         ((target, _),) = method.descriptors(images)
@@ -871,8 +872,8 @@ def test_us_trains_on_plain_images_and_again_with_the_targets_of_its_new_teacher
     with torch.autocast("cpu", torch.bfloat16):
         expected = torch.from_numpy(np.corrcoef(y.transpose(0, 1).flatten(1).numpy()))
         assert torch.allclose(baselines.correlations(y).double(), expected, atol=1e-5)
-    y[:, 0] = 3
-    assert baselines.correlations(y).isfinite().all()
+    y[:, 0] = 0.1  # whose mean is not exact
+    assert baselines.correlations(y)[0].abs().max() < 1e-3
 
 
 def test_confetti_changes_white_images_too():

@@ -16,6 +16,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,7 @@ def pick_device(name):
 class Machine:
     """Where and how to compute. device: auto, cpu, cuda or cuda:N. precision: bf16, fp32, or auto = bf16 where native.
 
-    PyTorch lets convolutions in fp32 use TF32 on a GPU, 10 bits; torch.backends.cudnn.allow_tf32 = False does not.
+    On a GPU PyTorch lets convolutions in fp32 use TF32; torch.backends.cudnn.allow_tf32 = False forbids it.
     workers: threads that decode images ahead; Pillow releases Python's lock while it decodes. Raises UserError.
     """
 
@@ -98,7 +99,7 @@ class Machine:
 
     def read(self, images, indices, size):
         """Yields batches (b,3,S,S) in [0,1] on the device, and reads the next one ahead. Raises UserError."""
-        pool = ThreadPoolExecutor(self.workers)
+        pool, indices = ThreadPoolExecutor(self.workers), list(indices)
         submit = lambda start: [pool.submit(images.__getitem__, i) for i in indices[start : start + CHUNK]]
         try:
             ahead = submit(0)
@@ -252,7 +253,8 @@ def fit(
     images: see above. machine: Machine() if None. seed: of the order of images; for the weights and the noise call
     torch.manual_seed before the constructor. changes: fields of the method's recipe, such as epochs=5.
     observe(step, stage, loss): called every eval_every steps and at the end of a stage, with statistics fitted.
-    save(state): called every save_every seconds in the first process; resume: such a state, to go on to equal numbers.
+    save(state): called every save_every seconds in the first process, to write or copy the state, whose tensors
+    training goes on changing; resume: such a state, to go on to equal numbers.
     Under torchrun every process calls it with all images, and they share the work. Raises UserError.
     """
     recipe, machine = replace(method.recipe, **changes), machine or Machine()
@@ -311,6 +313,12 @@ def agree(method):
         torch.distributed.broadcast(buffer, 0)
 
 
+@lru_cache(maxsize=2)  # a batch may reach into the next epoch
+def epoch_order(count, *seeds):
+    """Of the images in one epoch: from a generator of its own, so that a resumed run sees the same."""
+    return np.random.default_rng(seeds).permutation(count)
+
+
 class Stage:
     """One stage of training, step by step; its state is all that a resumed run needs to give the same numbers."""
 
@@ -325,18 +333,19 @@ class Stage:
             self.module = nn.parallel.DistributedDataParallel(self.module)
         count //= WORLD  # every process takes the same number of steps, or some would wait for ever
         self.batch_size = min(max(1, recipe.batch_size // WORLD), count)  # the recipe's is that of all together
-        self.total = recipe.epochs * recipe.steps or recipe.epochs * count // self.batch_size
+        steps = recipe.epochs * recipe.steps  # 0: as many as show each image once an epoch
+        self.total = steps or recipe.epochs * count // self.batch_size
         self.step, self.mean = 0, None
         method.train()
 
     def advance(self, prepared, stage):
         """One step of the optimizers. -> running mean of the loss, on the device"""
+        # The epochs' orders follow one another and each step takes the next images, so a batch may reach over an end.
         count, first = len(prepared.indices), self.step * self.batch_size
-        epochs = range(first // count, (first + self.batch_size - 1) // count + 1)  # a batch may reach into the next
-        # Each from a generator of its own, so that a resumed run sees the same order.
-        orders = [np.random.default_rng((*self.seeds, epoch, RANK)).permutation(count) for epoch in epochs]
-        rows = torch.from_numpy(np.concatenate(orders)[first % count :][: self.batch_size])
-        if RANK:  # noise of its own in every process, the same when it goes on; the first one's is a single process's
+        epochs = range(first // count, (first + self.batch_size - 1) // count + 1)
+        order = np.concatenate([epoch_order(count, *self.seeds, epoch, RANK) for epoch in epochs])
+        rows = torch.from_numpy(order[first % count :][: self.batch_size])
+        if RANK:  # each process has noise of its own, and again the same when it is resumed
             torch.manual_seed(int(np.random.SeedSequence((*self.seeds, self.step, RANK)).generate_state(1)[0]))
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -360,9 +369,8 @@ class Stage:
         optimizers, random = [optimizer.state_dict() for optimizer in self.optimizers], [torch.get_rng_state()]
         if self.machine.device.type == "cuda":
             random.append(torch.cuda.get_rng_state(self.machine.device))
-        state = {"step": self.step, "loss": self.mean.item(), "random": random, "optimizers": optimizers,
-                 "state": trained_state(self.method)}  # fmt: skip
-        return copy.deepcopy(state)  # on a CPU all of it is what training goes on changing
+        return {"step": self.step, "loss": self.mean.item(), "random": random, "optimizers": optimizers,
+                "state": trained_state(self.method)}  # fmt: skip
 
     def load_state_dict(self, state):
         if state.get("step") not in range(self.total):

@@ -222,7 +222,7 @@ def check(args, plan, loaded):
 
 
 def run(args, plan, loaded):
-    """-> the content of results.json."""
+    """-> what results.json holds, with NaN for null."""
     start, machine = time.perf_counter(), plan.machine(args.device)
     root, categories = find_data(args.data, args.categories)
     out = Path(args.out or (Path(args.load).parent / "evaluation" if loaded else default_out(args, plan.name)))
@@ -234,7 +234,7 @@ def run(args, plan, loaded):
                "files": {"set of training images": data.fingerprint(categories)}}  # fmt: skip
     unfinished = out / "unfinished.pt"
     begun = interrupted(unfinished, content, args.resume)
-    content["models"] = begun["models"]
+    content["models"], current = begun["models"], begun.get("current")
     plan.options |= {key: begun["options"][key] for key in plan.options}  # what "auto" had become
     rows, ratios = {}, []
     groups = {c.name: [c] for c in categories} if args.separate else {"all": categories}
@@ -251,7 +251,7 @@ def run(args, plan, loaded):
             raise UserError(f"{args.load} has no model of {label}: name other categories with --categories.")
         else:
             save = lambda state: RANK or train.write(unfinished, content | {"current": state})
-            entry = fit_one(method, group, args, plan, machine, label, save, begun.pop("current", None))
+            entry, current = fit_one(method, group, args, plan, machine, label, save, current), None
             content["models"].append(entry)
             save(None)  # a test image that cannot be read must not cost the training
         rows |= evaluate(method, group, machine)
