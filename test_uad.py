@@ -1,4 +1,4 @@
-"""Tests, in the order of the files: python -m pytest test_uad.py. They take two to five minutes on two cores.
+"""Tests, in the order of the files: python -m pytest test_uad.py. They take two to six minutes on two cores.
 
 A test's name is the sentence it checks. Whatever needs numbers to compare with computes them the slow and obvious way.
 """
