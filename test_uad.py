@@ -647,6 +647,9 @@ def test_dinos_weights_are_loaded_and_their_positions_resized(tmp_path):
     assert all(torch.equal(own[name], state[name]) for name in state)
     same = models.DinoSaliency(tmp_path / "dino.pth", 224).vit.encoder.pos_embedding
     assert torch.equal(same, first["pos_embed"])
+    torch.save({"pos_embed": torch.zeros(5)}, tmp_path / "other.pth")
+    with pytest.raises(models.MethodError, match="other.pth does not hold DINO"):
+        models.DinoSaliency(tmp_path / "other.pth", 64)
 
 
 # --- the shortcut
@@ -838,6 +841,13 @@ def test_every_epoch_shows_every_image_once_whatever_the_batch(monkeypatch):
     images = (torch.arange(15) / 16).view(-1, 1, 1, 1).expand(-1, 3, 32, 32)
     train.fit(Nearest(), images, machine=CPU, epochs=8, batch_size=8)
     assert len(seen) == 120 and {seen.count(value) for value in seen} == {8}
+
+
+def test_the_time_left_counts_the_steps_since_a_run_went_on(capsys):
+    progress = train.Progress("train", 1000, 900)
+    progress.start -= 10
+    progress.update(910)
+    assert "90 s left" in capsys.readouterr().out
 
 
 def test_a_saved_state_gives_the_same_numbers_twice():

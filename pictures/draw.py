@@ -39,7 +39,7 @@ def first():
     parts = data.Images(normal(categories), 224)
     above = {}  # how far each score is above its threshold
     for name in ("mlp", "uniad"):
-        _, entry = load(f"runs/{name}-synthetic")
+        (entry,) = uad.read_checkpoint(f"runs/{name}-synthetic/checkpoint.pt")["models"]
         rows = results_of(f"runs/{name}-synthetic")["categories"]
         for category in categories:
             threshold = entry["of"][category.name]["threshold"]
