@@ -331,6 +331,7 @@ class MKD(Method):
     ReLU then.
     """
 
+    capturable = True
     recipe = Recipe(epochs=30, batch_size=16, lr=3e-3, optimizer="adam", weight_decay=0.0)
     paper = {
         "backbone": "vgg16",
@@ -431,6 +432,7 @@ class PatchSVDD(Method):
     """
 
     STRIDES = {32: 4, 64: 16}
+    capturable = True
     recipe = Recipe(epochs=30, lr=1e-3, optimizer="adam", weight_decay=0.0)
     paper = {
         "epochs": 7500,  # theirs: 300, each with 100 pairs of an image, 64 a step; ours has 4, so 25 times as many
@@ -761,7 +763,7 @@ class FCDD(Method):
         self, *, backbone="efficientnet_lite2", weights="default", size=224, contrast=False, augment=False
     ):  # fmt: skip
         super().__init__(size)
-        self.contrast, self.augment = contrast, augment
+        self.contrast, self.augment, self.capturable = contrast, augment, not augment
         self.range = Standardize(3)
         self.augmentation = v2.Compose([
             v2.RandomApply([v2.RandomResizedCrop(size, ((14 / 15) ** 2,) * 2, (1, 1))]),

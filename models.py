@@ -117,6 +117,7 @@ class Method(nn.Module):
     paper = {}  # what the paper has instead of the defaults: options and fields of the recipe, by name
     resample = "bilinear"  # or "lanczos": how images are brought to its size
     fitted = False  # train.fit and a loaded state set it
+    capturable = False  # True: the loss may become a CUDA graph, as no number in it comes from or goes to the processor
     settled = {}  # options that the constructor was left to choose ("auto"), with its choice
 
     def __init__(self, size):
@@ -449,6 +450,7 @@ class FeatureMethod(Method):
 
     paper = {"backbone": "efficientnet_b4", "standardize": False, "resize": "bilinear", "whiten": False,
              "pool": 16}  # fmt: skip
+    capturable = True
 
     def __init__(
         self, *, backbone="efficientnet_lite2", weights="default", size=224, standardize=True, resize="average",
@@ -816,6 +818,7 @@ class RLR(Method):
     paper = {"backbone": "efficientnet_b6", "standardize": False, "whiten": False, "smooth": False,
              "resample": "lanczos", "epochs": 200, "batch_size": 4, "lr": 1e-4, "weight_decay": 0.0,
              "optimizer": "adam", "beta2": 0.999, "schedule": "constant", "clip": 0.0}  # fmt: skip
+    capturable = True
     LEVELS = (8, 256), (16, 512)  # stride and network width; the paper may add (4, 128)
 
     def __init__(
@@ -1017,6 +1020,7 @@ class ImageMethod(Method):
     recipe = Recipe(epochs=15, lr=5e-3, optimizer="muon")
     paper = {"size": 256, "width": 64, "relative": False, "epochs": 100, "lr": 1e-3, "optimizer": "adamw"}
     skips = True
+    capturable = True
 
     def __init__(self, *, size=128, width=16, relative=True, lamp=False):
         super().__init__(size)
@@ -1184,6 +1188,7 @@ class EAR(ImageMethod):
     """
 
     paper = {**ImageMethod.paper, "saliency": "dino", "disturbed": 0.0, "dropped": 0.0}
+    capturable = False  # it asks for the side of the mosaic
     MOSAICS = (64, 32, 16, 8, 4, 2)
 
     def __init__(

@@ -283,14 +283,14 @@ def fit(
     for number, (stage, parameters) in enumerate(stages):
         if resume and number < resume["stage"]:
             continue
-        run = Stage(machine, method, recipe, parameters, len(images), (seed, number))
+        run = Stage(machine, method, recipe, stage, parameters, len(images), (seed, number))
         print0(f"{label} {stage}: {run.total} steps of {run.batch_size * WORLD} images")
         if resume:
             run.load_state_dict(resume)
             resume = None
         progress, saved = Progress(f"{label} {stage}", run.total, run.step), time.perf_counter()
         while run.step < run.total:
-            loss = run.advance(prepared, stage)
+            loss = run.advance(prepared)
             last = run.step == run.total
             if run.step % 20 == 0 or last:  # reading the loss waits for a GPU: not at every step
                 if not math.isfinite(loss.item()):
@@ -322,13 +322,14 @@ def epoch_order(count, *seeds):
 class Stage:
     """One stage of training, step by step; its state is all that a resumed run needs to give the same numbers."""
 
-    def __init__(self, machine, method, recipe, parameters, count, seeds):
+    def __init__(self, machine, method, recipe, stage, parameters, count, seeds):
         method.requires_grad_(False)
         for p in parameters:
             p.requires_grad_(True)
         self.machine, self.method, self.recipe, self.parameters = machine, method, recipe, parameters
         self.optimizers, self.seeds = optimizers_for(method, parameters, recipe), seeds
-        self.module = LossModule(method)
+        self.module = LossModule(method, stage)
+        self.to_record = machine.device.type == "cuda" and WORLD == 1 and method.capturable
         if WORLD > 1:
             self.module = nn.parallel.DistributedDataParallel(self.module)
         count //= WORLD  # every process takes the same number of steps, or some would wait for ever
@@ -338,7 +339,20 @@ class Stage:
         self.step, self.mean = 0, None
         method.train()
 
-    def advance(self, prepared, stage):
+    def record(self, batch):
+        """The loss and its gradients as a CUDA graph, two launches in place of a thousand: else a small network waits
+        for the processor that launches its kernels, not for the GPU."""
+        device, kept = self.machine.device, [buffer.clone() for buffer in self.method.buffers()]
+        random = torch.cuda.get_rng_state(device)  # the rehearsals draw numbers, and move BatchNorm's statistics
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # the graph's stream: it waits for it
+        with torch.autocast("cuda", torch.bfloat16, self.machine.bf16, cache_enabled=False):
+            torch.cuda.make_graphed_callables(self.module, batch, allow_unused_input=True)  # in place
+        for buffer, old in zip(self.method.buffers(), kept):
+            buffer.copy_(old)
+        torch.cuda.set_rng_state(random, device)
+        self.to_record = False
+
+    def advance(self, prepared):
         """One step of the optimizers. -> running mean of the loss, on the device"""
         # The epochs' orders follow one another and each step takes the next images, so a batch may reach over an end.
         count, first = len(prepared.indices), self.step * self.batch_size
@@ -352,8 +366,10 @@ class Stage:
             for group in optimizer.param_groups:
                 group["lr"] = self.recipe.lr * lr_factor(self.recipe.schedule, self.step / self.total)
         batch = prepared.batch(rows)
+        if self.to_record:
+            self.record(batch)
         with self.machine.autocast():
-            loss = self.module(batch, stage)
+            loss = self.module(*batch)
         loss.backward()
         if self.recipe.clip:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
@@ -361,7 +377,7 @@ class Stage:
             for optimizer in self.optimizers:
                 optimizer.step()
         self.step += 1
-        loss = loss.detach()
+        loss = loss.detach().clone()  # a graph's next step overwrites it
         self.mean = loss if self.mean is None else torch.lerp(self.mean, loss, max(0.02, 1 / self.step))
         return self.mean
 
@@ -394,12 +410,12 @@ class Stage:
 class LossModule(nn.Module):
     """The loss as a module's forward, which is what data-parallel training wraps."""
 
-    def __init__(self, method):
+    def __init__(self, method, stage):
         super().__init__()
-        self.method = method
+        self.method, self.stage = method, stage
 
-    def forward(self, batch, stage):
-        return self.method.loss(batch, stage)
+    def forward(self, *batch):
+        return self.method.loss(batch, self.stage)
 
 
 def check_room(count, side):
