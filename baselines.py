@@ -77,11 +77,11 @@ def perlin(images):
     t = place.frac()
     x, y = t.chunk(2, 1)
     fade_x, fade_y = (t**3 * (t * (6 * t - 15) + 10)).chunk(2, 1)
-    slope = uniform(images, 0, 2 * math.pi, 50 * 50).view(-1, 50, 50)
+    slopes = uniform(images, 0, 2 * math.pi, 50 * 50).view(-1, 50, 50)  # their directions at the lattice's corners
     image = torch.arange(len(images), device=device).view(-1, 1, 1, 1)
 
     def corner(dx, dy):
-        direction = slope[image, row + dy, column + dx]
+        direction = slopes[image, row + dy, column + dx]
         return direction.cos() * (x - dx) + direction.sin() * (y - dy)
 
     top = torch.lerp(corner(0, 0), corner(1, 0), fade_x)
@@ -283,7 +283,8 @@ class UninformedStudents(Method):
 
     def student_loss(self, images):
         self.teachers.eval()  # trained: its BatchNorm must not go on moving
-        return sum((s - y).square().sum(2).mean() for y, s in self.descriptors(images)) / len(self.teachers)
+        losses = [(s - y).square().sum(2).mean() for y, s in self.descriptors(images)]
+        return sum(losses) / len(losses)
 
     def descriptors(self, images):
         """-> for each patch size the teacher's, standardized (B,128,h,w), and the students' (3,B,128,h,w)"""
@@ -763,7 +764,8 @@ class FCDD(Method):
         self, *, backbone="efficientnet_lite2", weights="default", size=224, contrast=False, augment=False
     ):  # fmt: skip
         super().__init__(size)
-        self.contrast, self.augment, self.capturable = contrast, augment, not augment
+        self.contrast, self.augment = contrast, augment
+        self.capturable = not augment  # which draws its numbers on the CPU
         self.range = Standardize(3)
         self.augmentation = v2.Compose([
             v2.RandomApply([v2.RandomResizedCrop(size, ((14 / 15) ** 2,) * 2, (1, 1))]),

@@ -200,7 +200,7 @@ def fingerprint(categories) -> str:
 def read_image(path, size, resample="bilinear") -> np.ndarray:
     """Read any PNG, JPEG, BMP or TIFF as a (size, size, 3) uint8 RGB array.
 
-    resample: "bilinear" or "lanczos" (RLR's). To the square, so the aspect ratio is not kept (the papers do the same).
+    resample: "bilinear" or "lanczos" (RLR's). The image is stretched to the square, as the papers do.
     The EXIF orientation is applied and transparency dropped. 16-bit and other integers: 65535 becomes 255. Floats: an
     image that never exceeds 1 is taken as 0..1, any other as 0..255. Raises DataError for a file that cannot be read,
     has values outside its range, or has more pixels than Pillow's limit.
@@ -235,7 +235,7 @@ def read_mask(item, size) -> np.ndarray:
 class Images:
     """Items (or paths) as a sequence of images: len(), and [i] -> `read_image(path, size, resample)`, when asked for.
 
-    Hold it for a list of arrays that need not fit into memory. [i] raises DataError as read_image does.
+    Use it like a list of arrays; they need not fit into memory. [i] raises DataError as read_image does.
     """
 
     def __init__(self, items, size, resample="bilinear"):

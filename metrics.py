@@ -27,7 +27,8 @@ def split(scores, labels):
 
 
 def auroc(normal, defective):
-    """P(a defective score > a normal one) + P(equal) / 2, from the two sorted arrays; NaN where one is empty."""
+    """P(a defective score > a normal one) + P(equal) / 2; NaN where one is empty. normal: sorted; defective: in any
+    order, faster if sorted too."""
     if not len(normal) or not len(defective):
         return np.nan
     below = np.searchsorted(normal, defective, "left").sum(dtype=np.int64)  # pairs that are ranked right
@@ -59,9 +60,9 @@ def ap_f1max(normal, defective):
 def regions(mask):
     """8-connected regions of a boolean stack (N,H,W) -> (region 0, 1, … of each True pixel in reading order, number).
 
-    Works on the horizontal runs of each row, on one line of numbers for all rows and images: two runs of neighbouring
-    rows touch when their spans, one of them a row further on, overlap or meet. Union-find over runs costs as much as
-    the outline of the regions, not their area.
+    Works on the horizontal runs of each row. The rows of all images lie end to end on one line, w + 1 places a row: two
+    runs of neighbouring rows touch when their spans, the upper one moved on by w + 1, overlap or meet. Union-find over
+    runs costs as much as the outline of the regions, not their area.
     """
     n, h, w = mask.shape
     line = np.zeros((n * h, w + 1), bool)  # a gap after each row ends its last run
@@ -103,15 +104,16 @@ def aupro(maps, masks, normal=None, limit=0.3):
         return np.nan
     total = count = 0
     for i in range(0, len(masks), 64):  # some images at a time, for the sake of memory
-        labels, more = regions(masks[i : i + 64])
+        region, found = regions(masks[i : i + 64])
         scores = np.asarray(maps[i : i + 64])[masks[i : i + 64]]
         order = np.argsort(scores)  # ascending queries make the two searches several times faster
-        labels, scores = labels[order], scores[order]
+        region, scores = region[order], scores[order]
         f0 = 1 - np.searchsorted(normal, scores, "right") / len(normal)
         f1 = 1 - np.searchsorted(normal, scores, "left") / len(normal)
         tied = np.maximum(f1 - f0, 1e-30)
         area = np.where(f1 <= limit, limit - (f0 + f1) / 2, np.maximum(limit - f0, 0) ** 2 / (2 * tied))
-        total, count = total + (area / np.bincount(labels)[labels]).sum(), count + more
+        total += (area / np.bincount(region)[region]).sum()
+        count += found
     return float(total / count / limit)
 
 
@@ -144,6 +146,7 @@ def per_kind(scores, defects, maps, masks, known):
         here = (known & (defects == kind))[:, None, None]
         normal, defective = maps[~masks & here], maps[masks & here]  # an image with a defect has normal pixels too
         normal.sort()
+        # An AUROC is a mean over normal pixels: those of good images are sorted once, for all kinds.
         parts = [(len(part), auroc(part, defective)) for part in (pixels, normal) if len(part)]
         total = sum(count for count, _ in parts) or np.nan
         rows[kind] = {

@@ -78,7 +78,7 @@ class Recipe:
 
 
 def guard_prepare(prepare):
-    """Refuses images that `prepare` would misread without a word."""
+    """Refuses images that `prepare` would silently misread."""
 
     def guarded(self, images):
         side = self.size
@@ -117,7 +117,7 @@ class Method(nn.Module):
     paper = {}  # what the paper has instead of the defaults: options and fields of the recipe, by name
     resample = "bilinear"  # or "lanczos": how images are brought to its size
     fitted = False  # train.fit and a loaded state set it
-    capturable = False  # True: the loss may become a CUDA graph, as no number in it comes from or goes to the processor
+    capturable = False  # True: the loss may become a CUDA graph, as no number in it goes between GPU and CPU
     settled = {}  # options that the constructor was left to choose ("auto"), with its choice
 
     def __init__(self, size):
@@ -134,6 +134,7 @@ class Method(nn.Module):
     def calibrate(self, batches):
         """Statistics that `prepare` needs, from an iterable of batches (b,3,S,S) of some normal training images."""
 
+    @guard_prepare
     def prepare(self, images):
         """(B,3,S,S) in [0,1] -> tuple of tensors (B,...): the frozen, deterministic part."""
         return (images,)
@@ -158,7 +159,7 @@ class Method(nn.Module):
         return []
 
     def forward(self, images):
-        """(B,3,S,S) in [0,1] -> maps (B,S,S), scores (B,): what --export writes, so no method replaces it."""
+        """(B,3,S,S) in [0,1] -> maps (B,S,S), scores (B,): what --export writes; only Decoder replaces it."""
         return self.score(self.prepare(images))
 
     def load_state_dict(self, state, strict=True, assign=False):
@@ -166,7 +167,7 @@ class Method(nn.Module):
         for name, own in list(self.named_buffers()):
             if name in state and not own.numel():
                 owner, _, leaf = name.rpartition(".")
-                self.get_submodule(owner)._buffers[leaf] = torch.empty_like(state[name], device=own.device)
+                setattr(self.get_submodule(owner), leaf, torch.empty_like(state[name], device=own.device))
         keys = super().load_state_dict(state, strict, assign)
         self.fitted = True
         return keys
@@ -176,7 +177,7 @@ class Standardize(nn.Module):
     """Brings each channel to mean 0 and std 1 over normal images; the identity before `fit`. (B,C,h,w) -> the same.
 
     Channels of frozen features differ in scale by two orders of magnitude: without it a few of them own a loss.
-    mean, std: known ones, of each channel. on=False: the identity for ever.
+    mean, std: known ones, of each channel or of all. on=False: the identity for ever.
     """
 
     def __init__(self, channels, mean=0.0, std=1.0, on=True):
@@ -222,7 +223,7 @@ def whitening(covariance):
 
 
 def in_float32(function):
-    """Without autocast, for distances and images: bfloat16 has three digits, or 256 grey levels."""
+    """Decorator: no autocast inside; distances and images need more than bfloat16's three digits (256 grey levels)."""
     return torch.autocast("cpu", enabled=False)(torch.autocast("cuda", enabled=False)(function))
 
 
@@ -231,8 +232,8 @@ class Rarity(nn.Module):
 
     mu and Sigma are those of residuals of normal training images. Some channels are hard to restore on every normal
     part, others never miss: in the plain length |r| of the papers what is merely hard drowns what is wrong. lambda = 1
-    halves the correlations. Less of it helps a network that was trained briefly more, and costs a well trained one half
-    a point (RESULTS.md). Ours; on=False is the papers' plain length. (...,C) -> (...).
+    halves the correlations. A smaller lambda helps a briefly trained network more, and costs a well trained one 0.1 to
+    0.4 points of image AUROC and AUPRO (RESULTS.md). Ours; on=False is the papers' plain length. (...,C) -> (...).
     """
 
     LAMBDA = 1.0
@@ -275,7 +276,7 @@ STAGES = {  # where each feature level ends in torchvision's own sequence of chi
     "vgg16": (5, 10, 17, 24, 31),  # and 32
 }
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of its pixels
-LITE_PIXELS = [127 / 255] * 3, [128 / 255] * 3  # what those weights were trained with
+LITE_PIXELS = 127 / 255, 128 / 255  # what those weights were trained with
 
 
 lite_conv = partial(ops.Conv2dNormActivation, activation_layer=nn.ReLU6, norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
@@ -310,8 +311,8 @@ def lite_stages(name):
     for expand, channels, layers, stride, kernel in table:
         out = int(channels * width + 4) // 8 * 8  # the nearest multiple of 8
         blocks = [LiteBlock(inp, out, kernel, stride, expand)]
-        more = math.ceil(layers * depth) if inp != 32 else layers  # Lite does not deepen the first stage
-        blocks += [LiteBlock(out, out, kernel, 1, expand) for _ in range(more - 1)]
+        deep = math.ceil(layers * depth) if inp != 32 else layers  # Lite does not deepen the first stage
+        blocks += [LiteBlock(out, out, kernel, 1, expand) for _ in range(deep - 1)]
         stages.append(nn.Sequential(*blocks))
         inp = out
     return stages
@@ -398,15 +399,15 @@ def fuse_batchnorm(net):
         parts = list(module.named_children())
         for (first, conv), (second, norm) in zip(parts, parts[1:]):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                setattr(module, first, fuse_conv_bn_eval(conv, norm).requires_grad_(False))
+                setattr(module, first, fuse_conv_bn_eval(conv, norm))
                 setattr(module, second, nn.Identity())
 
 
 def download(url, instead):
-    """A state dict of torch.hub's cache, else of the network. Raises MethodError; instead: what needs no download."""
+    """A state dict from torch.hub's cache, else the internet. Raises MethodError; instead: what needs no download."""
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-    except Exception as error:  # of the network, or of what lies in the cache
+    except Exception as error:  # of the connection, or of what lies in the cache
         file, place = url.rsplit("/", 1)[1], f"{torch.hub.get_dir()}/checkpoints"
         message = f"Could not load {file} ({error}): put it into {place}, give it as weights, or use {instead}."
         raise MethodError(message) from None
@@ -498,13 +499,13 @@ class FeatureMethod(Method):
 
 def to_tokens(x):
     """(B,C,H,W) -> (B,L,C), L = H * W, row by row."""
-    return x.flatten(2).transpose(1, 2)
+    return x.flatten(2).mT
 
 
 def to_grid(f):
     """(B,L,C) -> (B,C,H,W), H = W."""
     side = math.isqrt(f.shape[1])
-    return f.transpose(1, 2).unflatten(2, (side, side))
+    return f.mT.unflatten(2, (side, side))
 
 
 class MLP(FeatureMethod):
@@ -630,7 +631,7 @@ def neighbour_mask(grid, window):
     near = (side[:, None] - side).abs() <= window // 2  # (H,H): rows near each other; columns likewise
     near = torch.kron(near, near)  # (L,L): both
     require(not near.all(1).any(), f"A window of {window} hides all {grid}x{grid} tokens from some: enlarge size.")
-    return torch.zeros(grid**2, grid**2).masked_fill_(near, -torch.inf)
+    return torch.where(near, -torch.inf, 0.0)
 
 
 def add_jitter(f, alpha):
@@ -668,7 +669,7 @@ class UniAD(FeatureMethod):
 
     Paper: section 3.3 and appendix; 7,717,392 trainable parameters at 14x14 tokens of 272 channels.
     Ours by default: averaged and standardized features, a smaller jitter, no dropout, batches of 8, Muon for the
-    matrices, a short memory of Adam's (beta2) for the rest, gradients clipped at 1 instead of 0.1, and a one-cycle
+    matrices, AdamW with a short memory (beta2) for the rest, gradients clipped at 1 instead of 0.1, and a one-cycle
     schedule whose warm-up takes 30 % (at 10 % the loss stalled).
     query, mask, jitter = False take one remedy out (the ablation): without its query a decoder layer starts from
     its input, as a plain layer does.
@@ -694,7 +695,7 @@ class UniAD(FeatureMethod):
         self.queries = nn.Parameter(torch.randn(layers, self.grid**2, width)) if query else None
         self.norm = nn.LayerNorm(width)
         self.register_buffer("mask", neighbour_mask(self.grid, window) if mask else None, persistent=False)
-        for name, linear in self.named_modules():  # as in the paper's code, where layers start as copies of one another
+        for name, linear in self.named_modules():  # as in the paper's code, but there all layers start as copies of one
             if isinstance(linear, nn.Linear):
                 nn.init.zeros_(linear.bias)
                 if name.split(".")[-1] not in ("q", "k", "v"):  # these were drawn as one matrix
@@ -729,7 +730,7 @@ class Transformer(UniAD):
 
 def window_of(grid):
     """Side of the local window: 5 at 16x16, 7 at 32x32, 11 at 64x64 as in the paper, in line with these for others."""
-    return 2 * round((grid / 8 + 2) / 2) + 1
+    return 2 * round(grid / 16 + 1) + 1
 
 
 def row_bands(grid, window):
@@ -781,7 +782,7 @@ class ReferenceNet(nn.Module):
         self.layers = nn.ModuleList(ReferenceLayer(width, heads) for _ in range(layers))
         self.norm, self.project_out = nn.LayerNorm(width), nn.Linear(width, channels)
         only_far = neighbour_mask(grid, window_of(grid))  # -inf inside the window
-        only_near = torch.zeros_like(only_far).masked_fill_(only_far == 0, -torch.inf)
+        only_near = torch.where(only_far == 0, -torch.inf, 0.0)
         self.register_buffer("only_far", only_far, persistent=False)
         self.register_buffer("only_near", only_near, persistent=False)
         self.register_buffer("position", sine_position(grid, width), persistent=False)
@@ -843,7 +844,8 @@ class RLR(Method):
         return [F.avg_pool2d(f, 3, 1, 1) for f in self.backbone(images)]
 
     def calibrate(self, batches):
-        for level, standardize in zip(zip(*map(self.features, batches)), self.standardize):
+        levels = zip(*map(self.features, batches))  # of each level the features of all batches
+        for level, standardize in zip(levels, self.standardize):
             standardize.fit(torch.cat(level))
 
     def prepare(self, images):
@@ -872,8 +874,8 @@ class RLR(Method):
             error = to_grid(error[..., None])
             total = total + bilinear(error, self.size, align_corners=not self.smooth)
         maps = total / len(self.nets)
-        smooth = gaussian_blur(maps, 4.0, 16)
-        return (smooth if self.smooth else maps).squeeze(1), smooth.amax((1, 2, 3))
+        blurred = gaussian_blur(maps, 4.0, 16)
+        return (blurred if self.smooth else maps).squeeze(1), blurred.amax((1, 2, 3))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -882,7 +884,8 @@ class RLR(Method):
 
 class UNet(nn.Module):
     """(B,inp,S,S) -> (B,out,S,S). widths: of the encoder's levels, shallow first, the last one being the bottom; S is a
-    multiple of 2^(levels - 1). ups: a decoder level's (up, out) channels, shallow first too.
+    multiple of 2^(levels - 1). ups: for each decoder level, shallow first too, the channels after its enlargement and
+    those after its two convolutions.
 
     skips: hand the encoder's features over to the decoder. That is also the way on which an image copies itself.
     pool = False is RIAD's, which EAR and FADeR use: strided convolutions, LeakyReLU, nearest neighbours, an image in
@@ -914,7 +917,7 @@ class UNet(nn.Module):
 
     def forward(self, x, gates=None):
         """gates: for each skip, shallow first, a function of it and of the decoder's own feature beside it that gives
-        what takes its place, or None (FADeR)."""
+        what takes its place, or None (EAR's `drop_blobs`, FADeR's attenuators)."""
         skips = []
         for encoder, down in zip(self.encoder, self.down):
             skips.append(encoder(x))
@@ -967,9 +970,9 @@ def ssim_error(a, b):
 
 
 @lru_cache(maxsize=32)
-@torch.inference_mode(False)  # such a matrix would stay in the cache, and autograd refuses it
+@torch.inference_mode(False)  # a matrix made in it would stay in the cache, and autograd refuses such ones
 def gaussian_matrix(cells, size, sigma, reach, device):
-    """(cells, size): row i holds a Gaussian's weights around the centre of cell i of `size` pixels, borders reflected.
+    """(cells, size): row i holds a Gaussian's weights on `size` pixels around the centre of cell i, borders reflected.
 
     A @ x @ A.T smooths an image along both axes; with fewer cells than pixels it samples at the cells' centres too. On
     images a side of a few hundred pixels this is faster than convolutions of one channel, forward and backward.
@@ -979,8 +982,7 @@ def gaussian_matrix(cells, size, sigma, reach, device):
     place = torch.arange(-reach - 1, size + reach + 1)
     distance = (place - centre[:, None]).abs()
     weight = torch.exp(-(distance**2) / (2 * sigma**2)) * (distance <= reach + 0.5)
-    inside = place.abs()
-    inside = torch.where(inside > size - 1, 2 * (size - 1) - inside, inside).abs()
+    inside = (size - 1 - (size - 1 - place.abs()).abs()).abs()  # reflected at 0 and at size - 1
     return torch.zeros(cells, size).index_add_(1, inside, weight / weight.sum(1, keepdim=True)).to(device)
 
 
@@ -1122,8 +1124,7 @@ class DinoSaliency(Frozen):
     def __init__(self, weights, size):
         super().__init__()
         self.vit = tv.VisionTransformer(
-            image_size=size, patch_size=8, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536, num_classes=1,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            image_size=size, patch_size=8, num_layers=12, num_heads=6, hidden_dim=384, mlp_dim=1536, num_classes=1
         )  # fmt: skip
         self.vit.heads = nn.Identity()
         if weights == "default":
@@ -1188,7 +1189,7 @@ class EAR(ImageMethod):
     """
 
     paper = {**ImageMethod.paper, "saliency": "dino", "disturbed": 0.0, "dropped": 0.0}
-    capturable = False  # it asks for the side of the mosaic
+    capturable = False  # the loss reads the mosaic's side, a number on the GPU
     MOSAICS = (64, 32, 16, 8, 4, 2)
 
     def __init__(
@@ -1196,7 +1197,8 @@ class EAR(ImageMethod):
     ):  # fmt: skip
         super().__init__(**options)
         at_least(0, disturbed=disturbed, dropped=dropped)
-        self.disturbed, self.drops = disturbed, [partial(drop_blobs, share=dropped)] * 3 if dropped else None
+        self.disturbed = disturbed
+        self.drops = [partial(drop_blobs, share=dropped)] * 3 if dropped else None  # the U-Net's gates
         one_of(("auto", "dino", "spectral", "everywhere", "nowhere"), saliency=saliency)
         known = str(mosaic) in ("auto", *map(str, range(1, 257)))
         require(known, f"mosaic={mosaic} is no block side: give 1 to 256 pixels, or auto.")
@@ -1241,7 +1243,7 @@ class EAR(ImageMethod):
         return salient(find(images), self.saliency)
 
     def hide(self, images, s):
-        if not torch.compiler.is_exporting():  # which cannot follow the value of a tensor, and takes the last number
+        if not torch.compiler.is_exporting():  # torch.export cannot read a tensor: it keeps the last call's side
             block = self.block.item() if self.mosaic == "auto" else int(self.mosaic)
             self.side = block * self.size / 256
         return images * (1 - s) + mosaic(images, self.side) * s
@@ -1335,7 +1337,8 @@ class FADeR(EAR):
     something pasted on (`disturb`), of which the clean image is known, less the error without it, since a texture that
     is always hard is no defect; and D (see Attenuator).
     attenuate: which skips, 0 = shallow; () is EAR. shallow_off: the control, the shallow skip switched off and no
-    attenuator. To compare them train each, the U-Net is the same with one seed: a loaded model keeps its usual errors.
+    attenuator. To compare them, train each with one seed, so that all have the same U-Net: a checkpoint loaded with
+    other options would keep the `usual` errors of its own.
     """
 
     paper = {**EAR.paper, "beside": False}
@@ -1423,8 +1426,8 @@ class Decoder(Method):
         return bilinear(self.net(torch.cat(levels, 1)).float(), self.size)
 
 
-def copy_ratio(pairs, mask):
-    """How much of a defect a reconstructor copies: 1 = whole, 0 = restored to normal. Ours, not a paper's.
+def copy_sums(pairs, mask):
+    """The two sums whose ratio says how much of a defect is copied: 1 = all, 0 = restored to normal. Ours, no paper's.
 
     With x+ the clean target, x- the defective one and x^ the reconstruction of x-, over the places the defect touches:
     sum <x^ - x+, x- - x+> / sum |x- - x+|^2. pairs: what `reconstruction` returns for a batch of two, an image without

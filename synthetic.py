@@ -111,7 +111,7 @@ def _spoil(whole, bare, surface, pieces, rng, defect, contrast):
         cover = rng.uniform(0.5, 0.75) * _stencil(size, _blob(rng, centre, 0.05, 0.1, 0.2), blur=0.008)
         colour = "#46301a" if here > 90 else "#aca48c"  # grease, or dust where it is dark
         return _blend(whole, contrast * cover, _rgb(colour))
-    cover = _stencil(size, _blob(rng, centre, 0.06, 0.13, 0.15))
+    cover = _stencil(size, _blob(rng, centre, 0.06, 0.13, 0.15))  # wrong_colour
     dye = rng.choice([[1.2, 0.75, 0.65], [0.65, 0.85, 1.25], [1.15, 1.0, 0.5]])
     grey = whole.mean(axis=2, keepdims=True)
     return _blend(whole, contrast * cover * surface, (0.85 * grey + 25) * dye)

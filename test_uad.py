@@ -662,7 +662,7 @@ def test_the_copy_ratio_is_1_for_a_copy_0_for_a_restoration_and_looks_at_the_def
     mask[20:30, 33:40] = True  # touches this place alone
     for share in (1.0, 0.0, 0.25):
         restored = clean + share * noise * place - noise * (1 - place)
-        ((copied, whole),) = models.copy_ratio([((clean, clean + noise), (clean, restored))], mask)
+        ((copied, whole),) = models.copy_sums([((clean, clean + noise), (clean, restored))], mask)
         assert copied / whole == pytest.approx(share, abs=1e-6)
 
 
@@ -683,7 +683,7 @@ def copied(method, **recipe):
     train.fit(method, normal, machine=CPU, **recipe)
     with torch.no_grad():
         pairs = [method.reconstruction(method.prepare(torch.stack(pair))) for pair in zip(clean, defective)]
-    shares, wholes = np.concatenate([models.copy_ratio(*pair) for pair in zip(pairs, masks)]).sum(0)
+    shares, wholes = np.concatenate([models.copy_sums(*pair) for pair in zip(pairs, masks)]).sum(0)
     return shares / wholes
 
 

@@ -39,7 +39,7 @@ class UserError(Exception):
 
 
 def print0(*words, end="\n"):
-    """print, in the process of rank 0 alone; and on without it when the reader of a pipe, such as head, has gone."""
+    """print, in the process of rank 0 alone; silent once the reader of a pipe, such as head, has gone."""
     try:
         if RANK == 0:
             print(*words, end=end, flush=True)
@@ -51,15 +51,16 @@ class Progress:
     """A line with what is done and the time left: renewed on a terminal, elsewhere printed at every tenth."""
 
     def __init__(self, label, total, begun=0):
-        self.label, self.total, self.begun, self.start, self.tenth = label, total, begun, time.perf_counter(), 0
+        self.label, self.total, self.begun = label, total, begun  # begun: done before a resumed run went on
+        self.start, self.tenth = time.perf_counter(), 0
 
     def update(self, done, text=""):
-        tenth, end, terminal = 10 * done // self.total, done == self.total, sys.stdout.isatty()
+        tenth, terminal = 10 * done // self.total, sys.stdout.isatty()
         if terminal or tenth > self.tenth:
             spent = time.perf_counter() - self.start
-            left = spent / (done - self.begun) * (self.total - done)  # begun: before a resumed run went on
+            left = spent / (done - self.begun) * (self.total - done)
             line = f"{self.label} {done}/{self.total}{text}  {spent:.0f} s, {left:.0f} s left"
-            print0(f"\r{line:<100}" if terminal else line, end="" if terminal and not end else "\n")
+            print0(f"\r{line:<100}" if terminal else line, end="" if terminal and done < self.total else "\n")
         self.tenth = tenth
 
 
@@ -88,7 +89,8 @@ class Machine:
     def __init__(self, device="auto", precision="auto", workers=os.cpu_count() or 1):
         if precision not in ("auto", "fp32", "bf16") or workers < 1:
             raise UserError(f"precision={precision} must be auto, fp32 or bf16, and workers={workers} at least 1.")
-        self.device, self.workers, able = pick_device(device), workers, torch.cpu.get_capabilities()
+        self.device, self.workers = pick_device(device), workers
+        able = torch.cpu.get_capabilities()
         on_cpu = able.get("avx512_bf16", False) or able.get("amx_bf16", False)
         native = torch.cuda.is_bf16_supported(including_emulation=False) if self.device.type == "cuda" else on_cpu
         self.bf16 = precision == "bf16" or precision == "auto" and native
@@ -230,7 +232,9 @@ def optimizers_for(method, parameters, recipe):
 def lr_factor(schedule, progress):
     """What the learning rate is multiplied with at `progress` in [0,1)."""
     if schedule == "one-cycle":  # 30 % linear warm-up, then half a cosine to 0; post-norm layers need the long warm-up
-        return progress / 0.3 + 0.01 if progress < 0.3 else (1 + math.cos(math.pi * (progress - 0.3) / 0.7)) / 2
+        if progress < 0.3:
+            return progress / 0.3 + 0.01
+        return (1 + math.cos(math.pi * (progress - 0.3) / 0.7)) / 2
     if schedule == "cosine":
         return (1 + math.cos(math.pi * progress)) / 2
     if schedule == "exponential":
@@ -264,7 +268,7 @@ def fit(
     sample = sorted(np.random.default_rng(0).permutation(len(images))[:256].tolist())  # the same for every seed
     with torch.no_grad(), machine.autocast():
         method.calibrate(machine.read(images, sample, method.size))
-    everything = lambda: machine.prepare(method, images)  # in every process all images, also of the others' share
+    everything = lambda: machine.prepare(method, images)  # in every process all images, not its share alone
 
     def fit_statistics():
         method.eval()
@@ -344,7 +348,7 @@ class Stage:
         for the processor that launches its kernels, not for the GPU."""
         device, kept = self.machine.device, [buffer.clone() for buffer in self.method.buffers()]
         random = torch.cuda.get_rng_state(device)  # the rehearsals draw numbers, and move BatchNorm's statistics
-        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # the graph's stream: it waits for it
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # the capture's: autograd waits for it
         with torch.autocast("cuda", torch.bfloat16, self.machine.bf16, cache_enabled=False):
             torch.cuda.make_graphed_callables(self.module, batch, allow_unused_input=True)  # in place
         for buffer, old in zip(self.method.buffers(), kept):
@@ -408,7 +412,7 @@ class Stage:
 
 
 class LossModule(nn.Module):
-    """The loss as a module's forward, which is what data-parallel training wraps."""
+    """The loss as a module's forward, which is what data-parallel training and CUDA graphs wrap."""
 
     def __init__(self, method, stage):
         super().__init__()

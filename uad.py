@@ -77,7 +77,7 @@ def flags():
     add("--seed", type=int, default=0)
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 ...")
     add("--recipe", choices=["default", "paper"], default="default", help="paper: as the paper trains it")
-    for name in ("--epochs", "--batch-size", "--lr", "--size", "--backbone", "--weights"):
+    for name in ("--epochs", "--batch-size", "--lr", "--size", "--backbone", "--weights"):  # --lr 1 means lr=1
         short = name[2:].replace("-", "_")
         add(name, metavar="VALUE", dest="given", action="append", type=f"{short}={{}}".format, help=f"{short}=VALUE")
     add("--eval-every", type=int, default=0, metavar="STEPS", help="evaluate during training too: curve.png")
@@ -156,7 +156,8 @@ def parse(argv):
     if "\0" in "".join(argv):
         raise UserError("An option holds a NUL, which no path can: leave it out.")
     is_setting = re.compile(r"[A-Za-z_]\w*=").match
-    args = flags().parse_args([word for word in argv if not is_setting(word)])
+    parser = flags()
+    args = parser.parse_args([word for word in argv if not is_setting(word)])
     given = (args.given or []) + list(filter(is_setting, argv))
     loaded = read_checkpoint(args.load) if args.load is not None else None
     name = loaded["method"] if loaded else args.method or "uniad"
@@ -166,7 +167,7 @@ def parse(argv):
     defaults = defaults_of(cls)
     if loaded:
         training = ("separate", "seed", "recipe", "eval_every", "holdout", "quantile", "resume")
-        vain = [f"--{flag.replace('_', '-')}" for flag in training if getattr(args, flag) != flags().get_default(flag)]
+        vain = [f"--{flag.replace('_', '-')}" for flag in training if getattr(args, flag) != parser.get_default(flag)]
         vain += [word for word in given if word.split("=")[0] in loaded["recipe"]]
         if vain:
             raise UserError(f"{args.load} is trained: leave out {' '.join(vain)}.")
@@ -174,10 +175,10 @@ def parse(argv):
             raise UserError(f"{args.load} holds no finished model: use --resume.")
         values, saved = defaults, loaded["options"] | loaded["recipe"]
         changed = {k: v for k, v in saved.items() if k not in defaults or v != defaults[k]}
-        given = [f"{k}={as_text(v)}" for k, v in changed.items()] + given  # as words: somebody may have edited them
+        given = [f"{k}={as_text(v)}" for k, v in changed.items()] + given  # as words: `typed` checks what was edited
         asked = {name: getattr(args, name) for name in ("data", "categories") if getattr(args, name)}
-        own = {"categories": None} if args.data or args.export or args.predict else {}
-        vars(args).update(loaded["run"] | own | asked)
+        forget = {"categories": None} if args.data or args.export or args.predict else {}
+        vars(args).update(loaded["run"] | forget | asked)
     else:
         values = defaults | (DEMO.get(name, {}) if args.data is None and not args.help else {})
         values |= cls.paper if args.recipe == "paper" else {}
@@ -188,7 +189,7 @@ def parse(argv):
         values[key] = typed(key, text, defaults[key])
     if args.help:
         words = " ".join(f"{key}={as_text(value)}" for key, value in values.items())
-        print0(f"{flags().format_help()}\nname=value, with the defaults of {name}:\n{textwrap.fill(words, 118)}")
+        print0(f"{parser.format_help()}\nname=value, with the defaults of {name}:\n{textwrap.fill(words, 118)}")
         sys.exit(0)
     part = lambda keys: {key: values[key] for key in keys}
     recipe = models.Recipe(**part(vars(cls.recipe)))
@@ -240,7 +241,7 @@ def run(args, plan, loaded):
     groups = {c.name: [c] for c in categories} if args.separate else {"all": categories}
     for label, group in groups.items():
         method = plan.build(args.seed).to(machine.device)
-        if not ratios:
+        if not ratios:  # the first group; not sooner, as what cannot be built must not cost an earlier run's pictures
             train.clear(out)
         print0(f"{plan.name}, {label}: {', '.join(c.name for c in group)}; seed {args.seed}, {machine.device}; "
             f"changed from the defaults: {plan.changed() or 'nothing'}")  # fmt: skip
@@ -276,7 +277,7 @@ def run(args, plan, loaded):
     return results
 
 
-def read(method, items):
+def images_for(method, items):
     return data.Images(items, method.size, method.resample)
 
 
@@ -307,10 +308,10 @@ def fit_one(method, group, args, plan, machine, label, save, current):
         own = [category.train[i] for i in generator.permutation(len(category.train))]
         held |= set(own[: min(math.ceil(args.holdout * len(own)), len(own) - 1)])
         some += own[: max(256 // len(group), 1)]
-    images = read(method, [item for category in group for item in category.train if item not in held])
+    images = images_for(method, [item for category in group for item in category.train if item not in held])
     aside = sorted(held, key=str)
     train.check_room(len(aside or some), method.size)  # for the threshold: to learn it now costs no training
-    for _ in machine.read(read(method, aside), range(len(aside)), method.size):
+    for _ in machine.read(images_for(method, aside), range(len(aside)), method.size):
         pass  # one that cannot be read must not cost the training
     curve = current.get("curve", []) if current else []
 
@@ -334,7 +335,7 @@ def normal_range(method, items, quantile, machine):
 
     One model may score one part ten times as high as another: under "of", each category has its own.
     """
-    maps, scores = train.predict(method, read(method, items), machine=machine)
+    maps, scores = train.predict(method, images_for(method, items), machine=machine)
     names = np.array([item.category for item in items])
 
     def limits(chosen):
@@ -353,7 +354,7 @@ def evaluate(method, categories, machine):
     rows = {}
     for category in categories:
         mine = range(RANK, len(category.test), WORLD)  # the test set is dealt out to the processes like cards
-        maps, scores = train.predict(method, read(method, category.test), machine=machine, indices=mine)
+        maps, scores = train.predict(method, images_for(method, category.test), machine=machine, indices=mine)
         maps, scores = gather(mine, maps), gather(mine, scores)
         if not np.isfinite(scores).all():
             raise UserError(f"The scores of {category.name} are not finite: training diverged; lower lr.")
@@ -376,8 +377,8 @@ def gather(indices, values):
         return values
     parts = [None] * WORLD
     dist.all_gather_object(parts, (list(indices), values))
-    order = np.argsort(np.concatenate([part for part, _ in parts]))
-    return np.concatenate([part for _, part in parts])[order]
+    places, values = map(np.concatenate, zip(*parts))
+    return values[np.argsort(places)]
 
 
 def category_row(category, scores, maps):
@@ -400,9 +401,9 @@ def copy_ratio(method, categories, machine):
     """Over all defective test images that have a clean twin, mean of a method's levels; None where there are none."""
     sums = []
     for item in (item for category in categories for item in category.test if item.twin and item.masks):
-        (pair,) = machine.prepare(method, read(method, [item.twin, item.path]))
+        (pair,) = machine.prepare(method, images_for(method, [item.twin, item.path]))
         mask = torch.from_numpy(data.read_mask(item, method.size)).to(machine.device)
-        sums.append(models.copy_ratio(method.reconstruction(pair), mask))
+        sums.append(models.copy_sums(method.reconstruction(pair), mask))
     if not sums or not sums[0]:
         return None
     copied, changed = np.array(sums).sum(0).T  # one of each a level
@@ -502,7 +503,7 @@ def panels(method, group, rows, entry, plan, machine, out):
     """panels/CATEGORY.png: the worst false alarms, the worst misses and the clearest find of each kind of defect."""
     decoder = None
     if plan.settings["decode"]:  # in every process, since they share the work
-        images = read(method, [item for category in group for item in category.train])
+        images = images_for(method, [item for category in group for item in category.train])
         decoder = train.fit(models.Decoder(method), images, machine=machine)
     if RANK:
         return
@@ -512,8 +513,9 @@ def panels(method, group, rows, entry, plan, machine, out):
         order = np.argsort(scores).tolist()
         good, bad = ([i for i in order if items[i].label == label] for label in (0, 1))
         clearest = {items[i].defect: i for i in bad}  # the last of a kind has its highest score
-        chosen = list(dict.fromkeys([*good[-2:][::-1], *bad[:2], *clearest.values()]))[: train.CHUNK]
-        images, shown = read(method, [items[i] for i in chosen]), []
+        worst = [*good[-2:][::-1], *bad[:2]]
+        chosen = list(dict.fromkeys([*worst, *clearest.values()]))[: train.CHUNK]  # each once
+        images, shown = images_for(method, [items[i] for i in chosen]), []
         (batch,) = machine.prepare(method, images)  # in one batch
         maps = method.score(batch)[0].cpu().numpy()
         restored = restored_tiles(method.reconstruction(batch), decoder)
@@ -588,7 +590,7 @@ def predict(args, plan, loaded):
         lines.writerow(["image", "score", "threshold", "verdict", "overlay"])
         for path in paths:
             try:
-                image = read(method, [path])[0]
+                image = images_for(method, [path])[0]
             except data.DataError as error:
                 print(f"skipped: {error}", file=sys.stderr)
                 skipped += 1

@@ -76,16 +76,16 @@ def fader(run):
     machine, found = train.Machine(), {}
     for name, words in (("EAR", ["attenuate="]), ("FADeR", [])):
         method, entry = load(run, *words)
-        method.fit_statistics(lambda method=method: machine.prepare(method, uad.read(method, normal(categories))))
+        method.fit_statistics(lambda method=method: machine.prepare(method, uad.images_for(method, normal(categories))))
         found[name] = method
     rows = []
     for category in categories:
         items = [item for item in category.test if item.label]
         truth = [data.read_mask(item, method.size) for item in items]
-        maps = {name: train.predict(method, uad.read(method, items))[0] for name, method in found.items()}
+        maps = {name: train.predict(method, uad.images_for(method, items))[0] for name, method in found.items()}
         inside = {name: (maps[name] * truth).max((1, 2)) for name in found}
         best = int((inside["FADeR"] - inside["EAR"]).argmax())
-        chosen, image = items[best], uad.read(method, [items[best]])
+        chosen, image = items[best], uad.images_for(method, [items[best]])
         (batch,) = machine.prepare(method, image)
         images = {"defective part": image[0], "what the mask leaves": uad.pictures(batch[0])[0]}
         for name, method in found.items():
