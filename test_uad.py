@@ -1238,7 +1238,9 @@ def test_a_run_that_was_killed_goes_on_to_the_numbers_of_an_uninterrupted_one(pr
     monkeypatch.setattr(train.Stage, "advance", killed)
     assert program(f"{line} --out broken")[0] == 130
     assert not Path("broken/results.json").exists()
-    assert program(f"{line} --out broken --resume --seed 5")[0] == 2  # another run
+    other = "fp32" if train.Machine("cpu").bf16 else "bf16"
+    for change in ("--seed 5", f"precision={other}"):
+        assert program(f"{line} --out broken --resume {change}")[0] == 2  # another run
     assert program(f"{line} --out broken --resume")[0] == 0
     assert metrics_of("whole") == metrics_of("broken")
     assert not Path("broken/unfinished.pt").exists()
@@ -1398,7 +1400,8 @@ BAD = """--method mlp --data nowhere -> nowhere does not exist
 --compare run --load run/checkpoint.pt -> --compare
 --load run/checkpoint.pt --export a.pt2 --predict a.png -> one at a time
 --load nowhere.pt -> nowhere.pt
---load broken.pt -> broken.pt
+--load broken.pt -> train again
+--load missing.pt -> no such file
 --load run/checkpoint.pt --method cnn -> cnn
 --load run/checkpoint.pt --size 64 -> --size
 --load run/checkpoint.pt --predict nowhere.png -> nowhere.png
@@ -1452,6 +1455,25 @@ def test_a_checkpoint_that_was_edited_or_holds_nan_is_refused(program, parts, tr
     image = next(parts.rglob("test/good/*.png"))
     code, _, err = program(f"--load run/checkpoint.pt --predict {image}")
     assert code == 2 and words in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_checkpoint_does_not_choose_where_files_are_written(program, parts, trained):
+    content = torch.load(trained / "checkpoint.pt")
+    content["run"] |= {"out": "elsewhere", "device": "tpu"}
+    Path("run").mkdir()
+    torch.save(content, "run/checkpoint.pt")
+    assert program(f"--load run/checkpoint.pt --predict {next(parts.rglob('test/good/*.png'))}")[0] == 0
+    assert not Path("elsewhere").exists() and Path("run/predictions").exists()
+
+
+def test_the_colour_scale_of_equal_maps_is_not_empty_and_nan_is_refused(monkeypatch):
+    maps, items = np.full((3, 9, 9), 4e11, np.float32), [data.Item(Path("a"), "bolt", "good")] * 3
+    monkeypatch.setattr(train, "predict", lambda *args, **kwargs: (maps, np.ones(3)))
+    scale = uad.normal_range(build("mlp"), items, 0.99, CPU)
+    assert np.float32(scale["low"]) < np.float32(scale["high"])
+    maps[0] = np.nan
+    with pytest.raises(train.UserError, match="diverged"):
+        uad.normal_range(build("mlp"), items, 0.99, CPU)
 
 
 def test_an_interrupted_run_goes_on_with_the_same_images_and_within_its_steps_only(program, parts, monkeypatch):

@@ -9,6 +9,7 @@ through every stage -> fit_statistics. Images are anything with a length and ite
 """
 
 import copy
+import gc
 import hashlib
 import math
 import os
@@ -332,7 +333,7 @@ class Stage:
             p.requires_grad_(True)
         self.machine, self.method, self.recipe, self.parameters = machine, method, recipe, parameters
         self.optimizers, self.seeds = optimizers_for(method, parameters, recipe), seeds
-        self.module = LossModule(method, stage)
+        self.module = LossModule(machine, method, stage)
         self.to_record = machine.device.type == "cuda" and WORLD == 1 and method.capturable
         if WORLD > 1:
             self.module = nn.parallel.DistributedDataParallel(self.module)
@@ -349,7 +350,8 @@ class Stage:
         device, kept = self.machine.device, [buffer.clone() for buffer in self.method.buffers()]
         random = torch.cuda.get_rng_state(device)  # the rehearsals draw numbers, and move BatchNorm's statistics
         torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)  # the capture's: autograd waits for it
-        with torch.autocast("cuda", torch.bfloat16, self.machine.bf16, cache_enabled=False):
+        gc.collect()  # a former graph lies in a cycle of references, with its memory
+        with torch.cuda.device(device):  # on another one it would record nothing, without a word
             torch.cuda.make_graphed_callables(self.module, batch, allow_unused_input=True)  # in place
         for buffer, old in zip(self.method.buffers(), kept):
             buffer.copy_(old)
@@ -372,8 +374,7 @@ class Stage:
         batch = prepared.batch(rows)
         if self.to_record:
             self.record(batch)
-        with self.machine.autocast():
-            loss = self.module(*batch)
+        loss = self.module(*batch)
         loss.backward()
         if self.recipe.clip:
             nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
@@ -414,12 +415,13 @@ class Stage:
 class LossModule(nn.Module):
     """The loss as a module's forward, which is what data-parallel training and CUDA graphs wrap."""
 
-    def __init__(self, method, stage):
+    def __init__(self, machine, method, stage):
         super().__init__()
-        self.method, self.stage = method, stage
+        self.machine, self.method, self.stage = machine, method, stage
 
     def forward(self, *batch):
-        return self.method.loss(batch, self.stage)
+        with self.machine.autocast():  # here: a graph's gradients are then recorded without it, as they run elsewhere
+            return self.method.loss(batch, self.stage)
 
 
 def check_room(count, side):

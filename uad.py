@@ -178,7 +178,7 @@ def parse(argv):
         given = [f"{k}={as_text(v)}" for k, v in changed.items()] + given  # as words: `typed` checks what was edited
         asked = {name: getattr(args, name) for name in ("data", "categories") if getattr(args, name)}
         forget = {"categories": None} if args.data or args.export or args.predict else {}
-        vars(args).update(loaded["run"] | forget | asked)
+        vars(args).update({name: loaded["run"][name] for name in OF_RUN if name in loaded["run"]} | forget | asked)
     else:
         values = defaults | (DEMO.get(name, {}) if args.data is None and not args.help else {})
         values |= cls.paper if args.recipe == "paper" else {}
@@ -228,8 +228,7 @@ def run(args, plan, loaded):
     root, categories = find_data(args.data, args.categories)
     out = Path(args.out or (Path(args.load).parent / "evaluation" if loaded else default_out(args, plan.name)))
     train.writable(out, root)
-    about = {name: getattr(args, name) for name in ("data", "categories", "separate", "seed", "holdout", "quantile")}
-
+    about = {name: getattr(args, name) for name in OF_RUN} | {"precision": "bf16" if machine.bf16 else "fp32"}
     content = {"version": VERSION, "method": plan.name, "options": plan.options, "run": about,
                "recipe": vars(plan.recipe), "models": loaded["models"] if loaded else [],
                "files": {"set of training images": data.fingerprint(categories)}}  # fmt: skip
@@ -337,6 +336,8 @@ def normal_range(method, items, quantile, machine):
     """
     maps, scores = train.predict(method, images_for(method, items), machine=machine)
     names = np.array([item.category for item in items])
+    if not np.isfinite(maps).all():
+        raise UserError("The maps of normal images are not finite: training diverged; lower lr.")
 
     def limits(chosen):
         pixels = maps[chosen, ::3, ::3]  # every ninth pixel tells the distribution as well
@@ -344,7 +345,7 @@ def normal_range(method, items, quantile, machine):
         top = float(np.quantile(peaks, 0.95, method="lower"))  # not the peak of one that is odd
         low = float(np.quantile(pixels[peaks <= top], 0.99))
         threshold = float(np.quantile(scores[chosen], quantile, method="higher"))
-        return {"threshold": threshold, "low": low, "high": max(2 * top - low, low + 1e-6)}
+        return {"threshold": threshold, "low": low, "high": max(2 * top - low, low + 1e-6 * max(1, abs(low)))}
 
     return limits(slice(None)) | {"of": {name: limits(names == name) for name in np.unique(names).tolist()}}
 
@@ -415,6 +416,7 @@ def copy_ratio(method, categories, machine):
 
 
 VERSION = 5  # of the checkpoint's content
+OF_RUN = "data", "categories", "separate", "seed", "holdout", "quantile"  # flags that it holds
 OTHER_OPTIONS = "note: the threshold and the colours are of the score with the options of the training"
 NOT_HELD_OUT = "note: the threshold is of training images, which score lower than new ones; train with --holdout 0.1"
 
@@ -428,6 +430,9 @@ def read_checkpoint(path):
         verify(content)
     except (MemoryError, UserError):
         raise
+    except OSError as error:
+        why = error.strerror or "no such file"
+        raise UserError(f"{path} cannot be read ({why}): name the checkpoint.pt of a run.") from None
     except Exception as error:
         kind = type(error).__name__
         raise UserError(f"{path} is no checkpoint.pt as a run writes it ({kind}): train again.") from None
@@ -646,9 +651,10 @@ def compare(folders):
             key = json.dumps([found["method"], found["config"] | {"seed": None}])
             for row in (found["mean"], *found["categories"].values()):
                 cell([row])
-            groups.setdefault(key, []).append(found | {"run": folder.name, "seconds": float(found["seconds"])})
+            found |= {"run": folder.name, "seconds": float(found["seconds"])}
+            groups.setdefault(key, []).append(found)
             names |= set(found["categories"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             print0(f"note: {folder} holds no results.json of this program and is left out")
     if not groups:
         raise UserError("--compare: none of these folders holds a results.json: name folders that a run has written.")
