@@ -22,6 +22,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from models import (
     Backbone,
     Method,
+    MethodError,
     Recipe,
     Standardize,
     UNet,
@@ -703,10 +704,15 @@ class DRAEM(Method):
         """-> (B,3,S,S) in [0,1], one for each image"""
         if not self.files:
             return procedural_textures(images)
-        chosen = [pil_loader(self.files[i]) for i in torch.randint(len(self.files), (len(images),))]
-        textures = torch.stack([pil_to_tensor(image.resize((self.size, self.size))) for image in chosen])
-        textures = textures.to(images.device) / 255
+        chosen = [self.read_texture(self.files[i]) for i in torch.randint(len(self.files), (len(images),))]
+        textures = torch.stack(chosen).to(images.device) / 255
         return torch.where(half_of(images), textures, textures.flip(-1))
+
+    def read_texture(self, path):
+        try:
+            return pil_to_tensor(pil_loader(path).resize((self.size, self.size)))
+        except Exception as error:  # Pillow has many for a damaged file
+            raise MethodError(f"textures: {path} cannot be read ({error}): take it out.") from None
 
     def restore_and_mark(self, images):
         """-> reconstruction (B,3,S,S), logits (B,2,S,S)"""

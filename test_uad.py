@@ -1402,6 +1402,7 @@ BAD = """--method mlp --data nowhere -> nowhere does not exist
 --load nowhere.pt -> nowhere.pt
 --load broken.pt -> train again
 --load missing.pt -> no such file
+--method draem --size 64 width=4 --epochs 1 textures=tx -> tx/bad.png
 --load run/checkpoint.pt --method cnn -> cnn
 --load run/checkpoint.pt --size 64 -> --size
 --load run/checkpoint.pt --predict nowhere.png -> nowhere.png
@@ -1421,6 +1422,8 @@ def trained(parts, tmp_path_factory):
 def test_what_a_user_can_cause_ends_in_one_sentence_that_names_it(program, parts, trained, line, words):
     shutil.copytree(trained, "run")
     Path("broken.pt").write_text("no checkpoint")
+    Path("tx").mkdir()
+    Path("tx/bad.png").write_text("no image")
     os.mkfifo("fifo")
     line = line.format(parts=parts)
     given = {"--data", "--load", "--compare"} & set(line.split())

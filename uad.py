@@ -110,7 +110,7 @@ def typed(name, text, default):
         if isinstance(default, tuple):
             return tuple(int(part) for part in text.split(",") if part)
         if not isinstance(default, (int, float)):
-            return text
+            return None if text == str(default) == "None" else text
         if not abs(value := type(default)(text)) < 2**31:  # also NaN
             raise ValueError
         return value
