@@ -807,6 +807,12 @@ def test_images_of_another_shape_type_or_range_are_refused(images):
         train.fit(build("unet"), images, epochs=1)
 
 
+@parametrize("name", ["unet", "uniad"])  # without a `prepare` of its own, and with one
+def test_prepare_refuses_images_of_another_size(name):
+    with pytest.raises(models.MethodError, match="resize"):
+        build(name).prepare(torch.zeros(2, 3, 160, 160))
+
+
 class Nearest(models.Method):
     """The distance to the mean image, by a learnt gain: a whole method."""
 
@@ -1551,11 +1557,13 @@ def test_a_launcher_that_is_not_torchrun_and_results_of_others_are_told(program,
     assert code == 2 and "RANK" in err
     monkeypatch.delenv("RANK")
     odd = '{"method": "mlp", "config": {}, "categories": {"a": 3}, "mean": {}}'
-    for i, text in enumerate(('{"method": 1}', "{", odd)):
+    mean = '{"image_auroc": 1, "pixel_auroc": 1, "aupro": 1}'
+    untimed = '{"method": "mlp", "config": {}, "categories": {}, "mean": %s, "seconds": null}' % mean
+    for i, text in enumerate(('{"method": 1}', "{", odd, untimed, "[" * 100_000)):
         Path(f"r{i}").mkdir()
         Path(f"r{i}/results.json").write_text(text)
-    code, out, _ = program("--compare r0 r1 r2")
-    assert code == 2 and all(f"r{i} holds no results.json" in out for i in range(3))
+    code, out, _ = program("--compare r0 r1 r2 r3 r4")
+    assert code == 2 and all(f"r{i} holds no results.json" in out for i in range(5))
 
 
 def test_a_folder_or_disk_that_cannot_be_written_is_named_and_nothing_is_left(program, monkeypatch):

@@ -178,7 +178,7 @@ def parse(argv):
         given = [f"{k}={as_text(v)}" for k, v in changed.items()] + given  # as words: `typed` checks what was edited
         asked = {name: getattr(args, name) for name in ("data", "categories") if getattr(args, name)}
         forget = {"categories": None} if args.data or args.export or args.predict else {}
-        vars(args).update({name: loaded["run"][name] for name in OF_RUN if name in loaded["run"]} | forget | asked)
+        vars(args).update({name: loaded["run"][name] for name in OF_RUN} | forget | asked)
     else:
         values = defaults | (DEMO.get(name, {}) if args.data is None and not args.help else {})
         values |= cls.paper if args.recipe == "paper" else {}
@@ -336,8 +336,7 @@ def normal_range(method, items, quantile, machine):
     """
     maps, scores = train.predict(method, images_for(method, items), machine=machine)
     names = np.array([item.category for item in items])
-    if not np.isfinite(maps).all():
-        raise UserError("The maps of normal images are not finite: training diverged; lower lr.")
+    require_finite(maps, "normal images")
 
     def limits(chosen):
         pixels = maps[chosen, ::3, ::3]  # every ninth pixel tells the distribution as well
@@ -350,6 +349,11 @@ def normal_range(method, items, quantile, machine):
     return limits(slice(None)) | {"of": {name: limits(names == name) for name in np.unique(names).tolist()}}
 
 
+def require_finite(values, of):
+    if not np.isfinite(values).all():
+        raise UserError(f"The scores of {of} are not finite: training diverged; lower lr.")
+
+
 def evaluate(method, categories, machine):
     """-> {category: row of results.json}; the maps of one category at a time are held."""
     rows = {}
@@ -357,8 +361,7 @@ def evaluate(method, categories, machine):
         mine = range(RANK, len(category.test), WORLD)  # the test set is dealt out to the processes like cards
         maps, scores = train.predict(method, images_for(method, category.test), machine=machine, indices=mine)
         maps, scores = gather(mine, maps), gather(mine, scores)
-        if not np.isfinite(scores).all():
-            raise UserError(f"The scores of {category.name} are not finite: training diverged; lower lr.")
+        require_finite(scores, category.name)
         rows[category.name] = category_row(category, scores, maps)
     return rows
 
@@ -442,7 +445,7 @@ def read_checkpoint(path):
 def verify(content):
     """Raises KeyError, TypeError, AttributeError or ValueError for what this program cannot have written."""
     METHODS[content["method"]], content["options"] | content["recipe"]
-    itemgetter("data", "categories", "separate")(content["run"])
+    itemgetter(*OF_RUN)(content["run"])
     for entry in content["models"]:
         itemgetter("name", "backbone", "curve", "held_out")(entry)
         for part in (entry, *entry["of"].values()):
